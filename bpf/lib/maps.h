@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* Every map. Sizes here are placeholders: the compiler process creates these
+ * only to resolve names, the agent creates the real ones (tables.py says how
+ * large) and pins them.
+ */
+BPF_TABLE("hash", struct l4_addr, struct frontend_value, frontends, 1);
+BPF_F_TABLE("array", __u32, __u32, slots, 1, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", __u32, struct backend_value, backends, 1, BPF_F_MMAPABLE);
+BPF_TABLE("hash", struct l4_addr, __u32, backend_index, 1);
+BPF_TABLE("lru_hash", struct flow_key, struct flow_value, flows, 1);
+BPF_TABLE("lru_hash", struct affinity_key, struct affinity_value, affinity, 1);
+BPF_F_TABLE("lpm_trie", struct range_key, __u32, source_ranges, 1, BPF_F_NO_PREALLOC);
+BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 1);
+BPF_SK_STORAGE(sockets, struct socket_value);
+BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
+BPF_TABLE("array", __u32, struct settings_value, settings, 1);
+BPF_TABLE("percpu_array", __u32, __u64, drops, DROP_REASONS);

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* What the maps hold. Written by the agent, which derives its layouts from the
+ * compiled types; raise LAYOUT_VERSION with every change.
+ *
+ * __be fields are in wire order, plain ones in host order. No bit-fields, no
+ * implicit padding.
+ */
+
+#if IP_FAMILY == 4
+#define ADDR_WORDS 1
+#else
+#define ADDR_WORDS 4
+#endif
+
+struct addr {
+	__be32 word[ADDR_WORDS];
+};
+
+/* An address a client can call or a backend can answer from. */
+struct l4_addr {
+	struct addr addr;
+	__be16 port;
+	__u8   proto;		/* IPPROTO_* */
+	__u8   pad;
+};
+
+/* What to do with packets to a frontend. The slot ranges are what makes an
+ * update atomic: new slots are written first, then this one value points at
+ * them.
+ */
+struct frontend_value {
+	__u32 service;		/* id of the service port: flows, affinity, ranges */
+	__u32 flags;		/* Sources | Sources << MASQUERADE_SHIFT | FRONTEND_* */
+	__u32 cluster_first;	/* slots of the Cluster list */
+	__u32 cluster_count;
+	__u32 local_first;	/* slots of the Local list */
+	__u32 local_count;
+	__u32 affinity_s;	/* 0: none */
+	__u32 pad;
+};
+
+/* One endpoint of one service port: an endpoint behind two service ports is
+ * two backends, because serving and list membership are per service port.
+ */
+struct backend_value {
+	struct l4_addr at;
+	__u32 service;
+	__u32 next;		/* next backend with the same l4_addr, or NO_BACKEND */
+	__u32 flags;		/* BACKEND_* */
+};
+
+/* A flow is (client, service port): both directions find the one entry, the
+ * request by its frontend's service id, the reply by its backend's.
+ */
+struct flow_key {
+	struct addr client;
+	__u32  service;
+	__be16 client_port;
+	__u8   proto;
+	__u8   second;		/* 1: the client uses this port to two frontends of the service */
+};
+
+struct flow_value {
+	struct l4_addr frontend;
+	struct l4_addr backend;
+	__u32 addr_diff;	/* checksum differences of the request's rewrite; */
+	__u32 port_diff;	/* the reply's are their complements */
+	__u32 backend_id;
+	__u32 seen_s;		/* coarse monotonic clock */
+	__u8  state;		/* STATE_* */
+	__u8  flags;		/* FLOW_* */
+	__u16 pad;
+};
+
+/* Who stays with a backend: an address on the packet path, a network namespace
+ * at the socket hooks, where the source address is not chosen yet.
+ */
+struct affinity_key {
+	__u64 client[2];
+	__u32 service;
+	__u32 by_netns;
+};
+
+struct affinity_value {
+	__u32 backend_id;
+	__u32 seen_s;
+};
+
+struct range_key {
+	__u32 prefix_bits;	/* counts the service word too: 32 + prefix length */
+	__u32 service;
+	struct addr addr;
+};
+
+/* Where the later fragments of a datagram find their ports. */
+struct fragment_key {
+	struct addr src;
+	struct addr dst;
+	__u32 id;
+	__u32 proto;
+};
+
+struct fragment_value {
+	__be16 sport;
+	__be16 dport;
+};
+
+/* What the socket hooks rewrote for one socket, so that recvmsg and
+ * getpeername can undo it and a UDP flow keeps its backend.
+ */
+struct socket_entry {
+	struct l4_addr frontend;
+	struct l4_addr backend;
+	__u32 backend_id;
+};
+
+struct socket_value {
+	struct socket_entry entry[SOCKET_ENTRIES];
+	__u32 next;		/* the entry to replace */
+};
+
+/* Facts of this run that are not worth a compile. */
+struct settings_value {
+	__u64 host_netns;	/* netns cookie of the node */
+	__u32 hash_seed;
+	__u32 pad;
+};

@@ -1,0 +1,1 @@
+"""Backends that carry a DesiredState; they do not know each other."""

@@ -1,0 +1,127 @@
+"""Every number C and Python share. Python owns them; `defines()` hands them to the compiler as -D.
+
+`bpf/lib/config.h` refuses to compile when one is missing, so no number stands in two places.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from enum import IntEnum, IntFlag
+
+from ebpf_svc.model.net import Family
+
+LAYOUT_VERSION = 1
+"""Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the pin path."""
+
+FRONTEND_KIND_SHIFT = 12
+MASQUERADE_SHIFT = 3
+"""`Sources` bits in a frontend's flags: bits 0-2 = Local list, bits 3-5 = masquerade."""
+
+
+class FrontendFlag(IntFlag):
+    """Bits of `frontend_value.flags` besides the two `Sources` fields and the kind."""
+
+    REJECT = 1 << 6
+    """No endpoint anywhere: refuse (P2)."""
+    MAGLEV = 1 << 7
+    """Slots are a Maglev table: the client's hash chooses, not a random number."""
+    SOURCE_RANGES = 1 << 8
+    """Only sources in the `source_ranges` trie may connect (P10)."""
+    DRAINING = 1 << 9
+    """The frontend is gone: flows it has live on, new ones are none of our business (P12)."""
+
+
+class BackendFlag(IntFlag):
+    """Bits of `backend_value.flags`; none set = gone, kept only while flows refer to it."""
+
+    SERVING = 1
+    """May hold UDP flows (C5)."""
+    IN_CLUSTER = 2
+    IN_LOCAL = 4
+
+
+class FlowFlag(IntFlag):
+    """Bits of `flow_value.flags`."""
+
+    HAIRPIN = 1
+    """The backend is the client itself: its source becomes the hairpin address."""
+    MASQUERADE = 2
+    """Packets towards the backend carry the masquerade mark."""
+
+
+class FlowState(IntFlag):
+    """What a TCP flow has shown so far, `flow_value.state`."""
+
+    CLIENT_FIN = 1
+    BACKEND_FIN = 2
+    RESET = 4
+    ESTABLISHED = 8
+    """The backend has answered."""
+
+
+class Drop(IntEnum):
+    """Why a packet of a service was not forwarded; the index into the `drops` counters."""
+
+    NO_LOCAL_ENDPOINT = 0
+    NO_ENDPOINT = 1
+    SOURCE_RANGE = 2
+    FRAGMENT_UNKNOWN = 3
+    MALFORMED = 4
+    FLOW_TABLE = 5
+    CLIENT_PORT_CLASH = 6
+    REWRITE_FAILED = 7
+    DISCARDED = 8
+
+
+UDP_IDLE_S = 120
+"""A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
+SYN_IDLE_S = 60
+"""A half-open TCP flow unused this long picks anew."""
+BACKEND_CHAIN_MAX = 16
+"""Service ports that may share one endpoint address and port; the egress program walks that many."""
+SOCKET_ENTRIES = 4
+"""Service addresses one UDP socket may talk to at a time without losing the way back."""
+NO_BACKEND = 0
+"""Backend id 0 is never given out: it ends chains."""
+
+HAIRPIN_ADDRESS = {Family.V4: "169.254.42.1", Family.V6: "fd42:6562:7066::1"}
+"""What a backend sees as source when it calls itself through a service (P9)."""
+DISCARD_ADDRESS = {Family.V4: "169.254.42.2", Family.V6: "fd42:6562:7066::2"}
+"""Where a socket hook sends what must be dropped silently (P3); the egress program discards it."""
+MASQUERADE_MARK = 0x4000
+"""Kube-proxy's default mark (I16); one netfilter rule masquerades packets that carry it."""
+
+
+def _words(address: str, family: Family) -> str:
+    """An address as the C initialiser of `struct addr`, in wire order."""
+    packed = ipaddress.ip_address(address).packed
+    words = [int.from_bytes(packed[i : i + 4], "little") for i in range(0, len(packed), 4)]
+    return "{{" + ",".join(f"{word:#x}" for word in words) + "}}"
+
+
+def defines(family: Family) -> dict[str, str]:
+    """Every -D the C sources of that family need, besides the node's own settings."""
+    numbers: dict[str, str] = {
+        "IP_FAMILY": str(int(family)),
+        "AF_OF_FAMILY": str(int(socket.AF_INET if family is Family.V4 else socket.AF_INET6)),
+        "FRONTEND_KIND_SHIFT": str(FRONTEND_KIND_SHIFT),
+        "MASQUERADE_SHIFT": str(MASQUERADE_SHIFT),
+        "UDP_IDLE_S": str(UDP_IDLE_S),
+        "SYN_IDLE_S": str(SYN_IDLE_S),
+        "BACKEND_CHAIN_MAX": str(BACKEND_CHAIN_MAX),
+        "SOCKET_ENTRIES": str(SOCKET_ENTRIES),
+        "NO_BACKEND": str(NO_BACKEND),
+        "HAIRPIN_ADDRESS": _words(HAIRPIN_ADDRESS[family], family),
+        "DISCARD_ADDRESS": _words(DISCARD_ADDRESS[family], family),
+        "DROP_REASONS": str(len(Drop)),
+    }
+    for prefix, flags in (
+        ("FRONTEND", FrontendFlag),
+        ("BACKEND", BackendFlag),
+        ("FLOW", FlowFlag),
+        ("STATE", FlowState),
+        ("DROP", Drop),
+    ):
+        numbers.update({f"{prefix}_{flag.name}": str(int(flag)) for flag in flags})
+    return numbers

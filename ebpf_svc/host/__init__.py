@@ -1,0 +1,1 @@
+"""The edges of the kernel: netlink, bpf(2), sysctl, commands, sockets."""

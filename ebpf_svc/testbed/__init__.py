@@ -1,0 +1,1 @@
+"""A cluster of network namespaces, shared by demo, tests and benchmarks."""
