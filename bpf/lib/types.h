@@ -31,14 +31,14 @@ struct l4_addr {
  * them.
  */
 struct frontend_value {
-	__u32 service;		/* id of the service port: flows, affinity, ranges */
+	__u32 service;		/* id of the service port: flows, affinity */
 	__u32 flags;		/* Sources | Sources << MASQUERADE_SHIFT | FRONTEND_* */
 	__u32 cluster_first;	/* slots of the Cluster list */
 	__u32 cluster_count;
 	__u32 local_first;	/* slots of the Local list */
 	__u32 local_count;
 	__u32 affinity_s;	/* 0: none */
-	__u32 pad;
+	__u32 ranges;		/* id of its set of source ranges, 0: none */
 };
 
 /* One endpoint of one service port: an endpoint behind two service ports is
@@ -88,9 +88,13 @@ struct affinity_value {
 	__u32 seen_s;
 };
 
+/* Sources that may connect (P10). A set never changes: frontends are pointed at
+ * another one. Sets differ between the addresses of one service, as each lets
+ * its own address in.
+ */
 struct range_key {
-	__u32 prefix_bits;	/* counts the service word too: 32 + prefix length */
-	__u32 service;
+	__u32 prefix_bits;	/* counts the set's word too: 32 + prefix length */
+	__u32 ranges;		/* frontend_value.ranges */
 	struct addr addr;
 };
 
