@@ -1,0 +1,223 @@
+"""Compile units in a short-lived process, so that LLVM never lives in the agent.
+
+`obtain` gives artifacts from the cache or compiles what is missing, families side by side.
+`python -m ebpf_svc.dataplane.ebpf.compiler FAMILY OUT` is that process; it alone imports bcc, and
+needs nothing outside the standard library besides, so the distribution's own interpreter can run
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebpf_svc.dataplane.ebpf import artifact, constants, source
+from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
+from ebpf_svc.errors import CompileError, UnsupportedHost
+from ebpf_svc.host import headers
+from ebpf_svc.model.net import Family
+
+COMPILER_VERSION = 1
+"""Raise it when this module would give other output for the same sources."""
+SYSTEM_PYTHON = "/usr/bin/python3"
+MEND_BCC = "apt-get install python3-bpfcc"
+
+
+def obtain(
+    families: Sequence[Family],
+    cache_dir: Path,
+    *,
+    extra_defines: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> dict[Family, Artifact]:
+    """Give the artifact of each family, compiled now only when the cache has none that fits.
+
+    Without bcc on this machine an artifact that another machine's bcc made of the same sources
+    and constants is taken, so that a node without compiler or headers can be supplied.
+
+    Args:
+        families: which to give.
+        cache_dir: where artifacts are kept; created.
+        extra_defines: this node's settings, besides `constants.defines`.
+        text: another unit than ours, for tests and benchmarks.
+
+    Raises:
+        CompileError: with clang's messages.
+        UnsupportedHost: no bcc or no headers, and nothing in the cache.
+    """
+    unit = source.unit_text() if text is None else text
+    found: dict[Family, Artifact] = {}
+    missing: dict[Family, tuple[Path, dict[str, str]]] = {}
+    bcc = bcc_version()
+    for family in families:
+        defines = {**constants.defines(family), **(extra_defines or {})}
+        stem = f"ipv{int(family)}-{artifact.source_key(unit, defines)[:32]}"
+        for path in _candidates(cache_dir, stem, bcc):
+            cached = artifact.read(path)
+            if cached is not None:
+                found[family] = cached
+                break
+        else:
+            missing[family] = (_path(cache_dir, stem, bcc or "none"), defines)
+    if missing:
+        found |= _compile_all(unit, missing, cache_dir)
+    return found
+
+
+def _path(cache_dir: Path, stem: str, bcc: str) -> Path:
+    return cache_dir / f"{stem}-{os.uname().machine}-bcc{bcc}-{COMPILER_VERSION}.artifact"
+
+
+def _candidates(cache_dir: Path, stem: str, bcc: str | None) -> list[Path]:
+    exact = _path(cache_dir, stem, bcc or "none")
+    return [exact] if bcc else sorted(cache_dir.glob(f"{stem}-{os.uname().machine}-*.artifact"))
+
+
+def bcc_version() -> str | None:
+    """The version of the bcc a compile would use, without importing it; None = no bcc."""
+    spec = importlib.util.find_spec("bcc")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places.append(Path("/usr/lib/python3/dist-packages/bcc"))
+    for place in places:
+        try:
+            match = re.search(r"['\"]([\d.]+[^'\"]*)['\"]", (place / "version.py").read_text())
+        except OSError:
+            continue
+        if match and (place / "libbcc.py").exists():
+            return match[1]
+    return None
+
+
+def compiler_python() -> str:
+    """The interpreter that sees bcc: ours, else the distribution's."""
+    return sys.executable if importlib.util.find_spec("bcc") else SYSTEM_PYTHON
+
+
+def _compile_all(
+    unit: str, wanted: Mapping[Family, tuple[Path, dict[str, str]]], cache_dir: Path
+) -> dict[Family, Artifact]:
+    tree = headers.find_headers()
+    lacking = []
+    if bcc_version() is None:
+        lacking.append(f"bcc for Python: not installed ({MEND_BCC})")
+    if tree is None:
+        lacking.append(f"kernel headers: none found ({headers.MEND})")
+    if lacking or tree is None:
+        raise UnsupportedHost(lacking)
+    package_root = str(Path(__file__).resolve().parents[3])
+    environment = {
+        **os.environ,
+        **headers.environment(tree, cache_dir),
+        "PYTHONPATH": package_root,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    running = {
+        family: subprocess.Popen(
+            [compiler_python(), "-m", __name__, str(int(family)), str(path), "--source", "-"]
+            + [f"--define={name}={value}" for name, value in defines.items()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for family, (path, defines) in wanted.items()
+    }
+    # Both start at once: each reads all of its source before it compiles.
+    for process in running.values():
+        assert process.stdin is not None
+        process.stdin.write(unit)
+        process.stdin.close()
+        process.stdin = None
+    results: dict[Family, Artifact] = {}
+    failures: list[CompileError] = []
+    for family, process in running.items():
+        _, log = process.communicate()
+        result = artifact.read(wanted[family][0]) if process.returncode == 0 else None
+        if result is None:
+            failures.append(CompileError(f"the IPv{int(family)} unit", _without_noise(log)))
+        else:
+            results[family] = result
+    if failures:
+        raise failures[0]
+    return results
+
+
+def _without_noise(log: str) -> str:
+    """Clang's messages without warnings about the kernel's own headers or our traceback."""
+    before = log.split("Traceback (most recent call last)", maxsplit=1)[0].strip()
+    return before or log.strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile one unit and store its artifact; messages of the compiler go to stderr."""
+    parser = argparse.ArgumentParser(description="Compile the unit of one family with BCC.")
+    parser.add_argument("family", type=int, choices=[4, 6])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--define", action="append", default=[], metavar="K=V")
+    parser.add_argument("--source", help="file to compile, - for stdin; default: our sources")
+    arguments = parser.parse_args(argv)
+    if arguments.source == "-":
+        text = sys.stdin.read()
+    elif arguments.source:
+        path = Path(arguments.source)
+        text = source.join([path], path.parent)
+    else:
+        text = source.unit_text()
+    given = dict(pair.partition("=")[::2] for pair in arguments.define)
+    defines = given or constants.defines(Family(arguments.family))
+    artifact.write(compile_unit(text, defines), arguments.out)
+    return 0
+
+
+def compile_unit(text: str, defines: Mapping[str, str]) -> Artifact:
+    """Compile in this process, which holds LLVM from then on; needs root, as BCC creates maps."""
+    import bcc  # noqa: PLC0415 - only this process may pay for it
+
+    flags = [f"-D{name}={value}" for name, value in defines.items()]
+    flags += ["-Wno-duplicate-decl-specifier", "-Wno-unknown-attributes"]
+    module = bcc.BPF(text=text, cflags=flags)
+    shapes, names = _maps_of(bcc.lib, module.module)
+    count = bcc.lib.bpf_num_functions(module.module)
+    programs = {}
+    for index in range(count):
+        name = bcc.lib.bpf_function_name(module.module, index)
+        programs[name.decode()] = artifact.strip_descriptors(module.dump_func(name), names)
+    return Artifact(programs, shapes)
+
+
+def _maps_of(lib: Any, module: int) -> tuple[dict[str, MapShape], dict[int, str]]:
+    """Read every map of a compiled module: shapes by name, and names by descriptor."""
+
+    def ask(name: str, result: Any, *arguments: int) -> Any:
+        function = getattr(lib, name)
+        function.restype = result
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t][: len(arguments)]
+        return function(*arguments)
+
+    shapes, names = {}, {}
+    for i in range(ask("bpf_num_tables", ctypes.c_size_t, module)):
+        name = ask("bpf_table_name", ctypes.c_char_p, module, i).decode()
+        names[ask("bpf_table_fd_id", ctypes.c_int, module, i)] = name
+        shapes[name] = MapShape(
+            type=ask("bpf_table_type_id", ctypes.c_int, module, i),
+            flags=ask("bpf_table_flags_id", ctypes.c_int, module, i),
+            key_size=ask("bpf_table_key_size_id", ctypes.c_size_t, module, i),
+            value_size=ask("bpf_table_leaf_size_id", ctypes.c_size_t, module, i),
+            key_desc=ask("bpf_table_key_desc_id", ctypes.c_char_p, module, i).decode(),
+            value_desc=ask("bpf_table_leaf_desc_id", ctypes.c_char_p, module, i).decode(),
+            max_entries=ask("bpf_table_max_entries_id", ctypes.c_size_t, module, i),
+        )
+    return shapes, names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
