@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
+from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
-from ebpf_svc.model.net import Family
+from ebpf_svc.model.net import Family, Sources, family_of
 
 LAYOUT_VERSION = 1
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the pin path."""
@@ -100,11 +100,44 @@ def _words(address: str, family: Family) -> str:
     return "{{" + ",".join(f"{word:#x}" for word in words) + "}}"
 
 
+CSUM_IPV6_FLAG = 1 << 7
+"""BPF_F_IPV6 of bpf_l4_csum_replace, Linux 6.16: without it CHECKSUM_COMPLETE of IPv6 packets goes wrong."""
+
+
+def node_defines(
+    family: Family,
+    *,
+    cluster_cidrs: Sequence[str],
+    translate_pods: bool,
+    kernel: tuple[int, int],
+) -> dict[str, str]:
+    """What is compiled in for this node: its pods' prefix, its kernel's abilities, its options.
+
+    Args:
+        family: the family of the unit.
+        cluster_cidrs: prefixes of pods; the first of the family counts (D1).
+        translate_pods: the socket hooks act for pods, not only for host processes.
+        kernel: major and minor version.
+    """
+    flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
+    node = {
+        "CSUM_FAMILY_FLAG": str(flag),
+        "HAVE_SET_RETVAL": str(int(kernel >= (5, 18))),
+        "SOCKET_LB_PODS": str(int(translate_pods)),
+    }
+    for prefix in cluster_cidrs:
+        if family_of(prefix) is family:
+            network = ipaddress.ip_network(prefix)
+            node["CLUSTER_CIDR_ADDRESS"] = _words(str(network.network_address), family)
+            node["CLUSTER_CIDR_MASK"] = _words(str(network.netmask), family)
+            break
+    return node
+
+
 def defines(family: Family) -> dict[str, str]:
-    """Every -D the C sources of that family need, besides the node's own settings."""
+    """Every -D the C sources of that family need, besides `node_defines`."""
     numbers: dict[str, str] = {
         "IP_FAMILY": str(int(family)),
-        "AF_OF_FAMILY": str(int(socket.AF_INET if family is Family.V4 else socket.AF_INET6)),
         "FRONTEND_KIND_SHIFT": str(FRONTEND_KIND_SHIFT),
         "MASQUERADE_SHIFT": str(MASQUERADE_SHIFT),
         "UDP_IDLE_S": str(UDP_IDLE_S),
@@ -114,8 +147,10 @@ def defines(family: Family) -> dict[str, str]:
         "NO_BACKEND": str(NO_BACKEND),
         "HAIRPIN_ADDRESS": _words(HAIRPIN_ADDRESS[family], family),
         "DISCARD_ADDRESS": _words(DISCARD_ADDRESS[family], family),
+        "MASQUERADE_MARK": hex(MASQUERADE_MARK),
         "DROP_REASONS": str(len(Drop)),
     }
+    numbers.update({f"SOURCE_{source.name}": str(int(source)) for source in Sources})
     for prefix, flags in (
         ("FRONTEND", FrontendFlag),
         ("BACKEND", BackendFlag),

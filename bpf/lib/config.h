@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* Numbers come from Python (constants.py) as -D; a source compiled without
+ * them must not compile with guesses.
+ */
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/errno.h>
+#include <uapi/linux/icmp.h>
+#include <uapi/linux/icmpv6.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+#include <uapi/linux/pkt_cls.h>
+
+#if !defined(IP_FAMILY) || (IP_FAMILY != 4 && IP_FAMILY != 6)
+#error "IP_FAMILY must be 4 or 6"
+#endif
+#if !defined(FRONTEND_REJECT) || !defined(FRONTEND_MAGLEV) || \
+	!defined(FRONTEND_SOURCE_RANGES) || !defined(FRONTEND_DRAINING) || \
+	!defined(MASQUERADE_SHIFT) || !defined(SOURCE_POD) || \
+	!defined(SOURCE_NODE) || !defined(SOURCE_EXTERNAL)
+#error "frontend flags are missing: compile through ebpf_svc"
+#endif
+#if !defined(BACKEND_SERVING) || !defined(BACKEND_IN_CLUSTER) || \
+	!defined(BACKEND_IN_LOCAL) || !defined(NO_BACKEND) || \
+	!defined(BACKEND_CHAIN_MAX)
+#error "backend flags are missing: compile through ebpf_svc"
+#endif
+#if !defined(FLOW_HAIRPIN) || !defined(FLOW_MASQUERADE) || \
+	!defined(STATE_CLIENT_FIN) || !defined(STATE_BACKEND_FIN) || \
+	!defined(STATE_RESET) || !defined(STATE_ESTABLISHED) || \
+	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S)
+#error "flow flags are missing: compile through ebpf_svc"
+#endif
+#if !defined(HAIRPIN_ADDRESS) || !defined(DISCARD_ADDRESS) || \
+	!defined(MASQUERADE_MARK) || !defined(SOCKET_ENTRIES) || \
+	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
+	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL)
+#error "settings of this node are missing: compile through ebpf_svc"
+#endif

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* Flows: found by the request through its frontend's service, by the reply
+ * through its backend's.
+ */
+#include "packet.h"
+
+/* Seconds of a clock that is cheap to read. */
+static __always_inline __u32 now_s(void)
+{
+	return bpf_ktime_get_coarse_ns() / 1000000000ULL;
+}
+
+static __always_inline void touch(struct flow_value *flow, __u32 now)
+{
+	/* A store every packet would bounce the cache line between CPUs. */
+	if (flow->seen_s != now)
+		flow->seen_s = now;
+}
+
+static __always_inline void note(struct flow_value *flow, __u8 state)
+{
+	if ((flow->state & state) != state)
+		flow->state |= state;
+}
+
+/* May this packet of the client go on with a flow it once had? */
+static __always_inline bool flow_holds(const struct flow_value *flow, const struct packet *pkt,
+				       __u32 now)
+{
+	__u32 id = flow->backend_id;
+	struct backend_value *backend;
+
+	if (pkt->proto == IPPROTO_TCP) {
+		/* Established TCP stays with its backend whatever becomes of it (P12). */
+		if (!is_opening(pkt))
+			return true;
+		if (flow->state & (STATE_CLIENT_FIN | STATE_BACKEND_FIN | STATE_RESET))
+			return false;
+		if (!(flow->state & STATE_ESTABLISHED) && now - flow->seen_s > SYN_IDLE_S)
+			return false;
+	} else if (now - flow->seen_s > UDP_IDLE_S) {
+		return false;
+	}
+	/* A UDP flow, or one about to open, follows the endpoint's life (C5). */
+	backend = backends.lookup(&id);
+	return backend && backend->service && (backend->flags & BACKEND_SERVING);
+}
+
+/* The flow of a request, or NULL with key ready for a new one. A client that
+ * reaches two frontends of one service port from one port has two flows.
+ */
+static __always_inline struct flow_value *flow_of_request(struct flow_key *key,
+							   const struct l4_addr *frontend)
+{
+	struct flow_value *flow = flows.lookup(key);
+
+	if (!flow || l4_addr_equal(&flow->frontend, frontend))
+		return flow;
+	key->second = 1;
+	flow = flows.lookup(key);
+	return flow && l4_addr_equal(&flow->frontend, frontend) ? flow : NULL;
+}
+
+/* The flow that from -> client answers, or NULL when it is no reply of a
+ * service. Service ports with the same endpoint share a chain of backends.
+ */
+static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
+							 const struct addr *client,
+							 __be16 client_port)
+{
+	struct flow_key key = {
+		.client = *client,
+		.client_port = client_port,
+		.proto = from->proto,
+	};
+	__u32 *head = backend_index.lookup(from);
+	__u32 id;
+	int i;
+
+	if (!head)
+		return NULL;
+	id = *head;
+	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
+		struct backend_value *backend = backends.lookup(&id);
+		struct flow_value *flow;
+
+		if (!backend)
+			return NULL;
+		key.service = backend->service;
+		key.second = 0;
+		flow = flows.lookup(&key);
+		if (flow && flow->backend_id != id) {
+			key.second = 1;
+			flow = flows.lookup(&key);
+		}
+		if (flow && flow->backend_id == id)
+			return flow;
+		id = backend->next;
+	}
+	return NULL;
+}
+
+/* The backend's side of a TCP flow's life. */
+static __always_inline void note_reply(struct flow_value *flow, const struct packet *pkt)
+{
+	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
+		note(flow, pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_BACKEND_FIN);
+	else
+		note(flow, STATE_ESTABLISHED);
+}
+
+/* A stale flow must not catch the reply of a later connection that the same
+ * client opened to the endpoint itself.
+ */
+static __always_inline bool reply_is_stale(const struct flow_value *flow, const struct packet *pkt,
+					   __u32 now)
+{
+	if (pkt->proto == IPPROTO_TCP)
+		return (pkt->tcp_flags & TCP_SYN) &&
+		       (flow->state & (STATE_CLIENT_FIN | STATE_BACKEND_FIN | STATE_RESET));
+	return now - flow->seen_s > UDP_IDLE_S;
+}

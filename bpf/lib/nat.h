@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* Writing addresses, ports and checksums.
+ *
+ * Checksums change by the difference of what they cover. For addresses the
+ * helper is told it is the pseudo header: with checksum offload the field holds
+ * only that sum and the ports are added later by whoever completes it.
+ */
+#include "packet.h"
+
+/* New ends of a packet, laid out as on the wire. */
+struct rewrite {
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+};
+
+static __always_inline __u16 csum_fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+static __always_inline __u32 csum_add(__u32 a, __u32 b)
+{
+	a += b;
+	return a + (a < b);
+}
+
+/* Checksum difference of replacing one address by another. */
+static __always_inline __u32 addr_diff(const struct addr *from, const struct addr *to)
+{
+	__u32 sum = 0;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < ADDR_WORDS; i++) {
+		sum = csum_add(sum, ~from->word[i]);
+		sum = csum_add(sum, to->word[i]);
+	}
+	return sum;
+}
+
+static __always_inline __u32 port_diff(__be16 from, __be16 to)
+{
+	return csum_add((__u16)~from, to);
+}
+
+#if IP_FAMILY == 4
+/* The part of an IPv4 packet that NAT changes is one piece when there are no
+ * options: checksum, addresses, ports.
+ */
+struct wire {
+	__u16 check;
+	struct rewrite ends;
+} __attribute__((packed));
+
+#define WIRE_OFFSET 10
+
+static __always_inline int store_ends(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct rewrite *to, __u32 addresses, bool ports)
+{
+	struct wire wire;
+
+	wire.check = ~csum_fold(csum_add((__u16)~pkt->ip_check, addresses));
+	wire.ends = *to;
+	if (ports && pkt->l4 == pkt->l3 + sizeof(struct iphdr))
+		return bpf_skb_store_bytes(skb, pkt->l3 + WIRE_OFFSET, &wire, sizeof(wire), 0);
+	if (ports && bpf_skb_store_bytes(skb, pkt->l4, (void *)&to->sport, PORTS_BYTES, 0))
+		return -1;
+	return bpf_skb_store_bytes(skb, pkt->l3 + WIRE_OFFSET, &wire,
+				   sizeof(wire) - PORTS_BYTES, 0);
+}
+#else
+#define IPV6_ADDRESSES_OFFSET 8
+
+static __always_inline int store_ends(struct __sk_buff *skb, const struct packet *pkt,
+				      const struct rewrite *to, __u32 addresses, bool ports)
+{
+	if (ports && pkt->l4 == pkt->l3 + sizeof(struct ipv6hdr))
+		return bpf_skb_store_bytes(skb, pkt->l3 + IPV6_ADDRESSES_OFFSET, (void *)to,
+					   sizeof(*to), 0);
+	if (ports && bpf_skb_store_bytes(skb, pkt->l4, (void *)&to->sport, PORTS_BYTES, 0))
+		return -1;
+	return bpf_skb_store_bytes(skb, pkt->l3 + IPV6_ADDRESSES_OFFSET, (void *)to,
+				   sizeof(*to) - PORTS_BYTES, 0);
+}
+#endif
+
+static __always_inline int fix_l4_csum(struct __sk_buff *skb, const struct packet *pkt,
+				       __u32 addresses, __u32 ports)
+{
+	__u32 at = pkt->l4 + (pkt->proto == IPPROTO_TCP ? 16 : 6);
+	__u64 mangled_0 = pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+
+	if (pkt->proto == IPPROTO_SCTP)	/* CRC32c over the chunk, no pseudo header */
+		return 0;
+	if (bpf_l4_csum_replace(skb, at, 0, addresses,
+				BPF_F_PSEUDO_HDR | CSUM_FAMILY_FLAG | mangled_0))
+		return -1;
+	if (ports)
+		return bpf_l4_csum_replace(skb, at, 0, ports, mangled_0);
+	return 0;
+}
+
+/* Give the packet its new ends. The differences are those of all addresses and
+ * of both ports. Returns NEXT, or the verdict of a packet that cannot go on.
+ */
+static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
+				   const struct rewrite *to, __u32 addresses, __u32 ports)
+{
+	bool has_ports = pkt->fragment != FRAGMENT_LATER;
+
+	/* SCTP's checksum covers the ports and cannot be mended by difference. */
+	if (pkt->proto == IPPROTO_SCTP && (to->sport != pkt->sport || to->dport != pkt->dport))
+		return drop(DROP_REWRITE_FAILED);
+	if (has_ports && fix_l4_csum(skb, pkt, addresses, ports))
+		return drop(DROP_REWRITE_FAILED);
+	if (store_ends(skb, pkt, to, addresses, has_ports))
+		return drop(DROP_REWRITE_FAILED);
+	return NEXT;
+}

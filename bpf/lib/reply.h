@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* A packet on its way out: if it answers a translated request, it leaves from
+ * the frontend the client called.
+ */
+#include "fragment.h"
+#include "icmp.h"
+
+static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
+{
+	struct packet pkt = {};
+	struct l4_addr from = {};
+	struct flow_value *flow;
+	struct rewrite to;
+	__u32 now;
+
+	if (parse(skb, l3, &pkt) != NEXT)
+		return NOT_OURS;
+	if (addr_equal(&pkt.dst, &discard_address)) {
+		count_drop(DROP_DISCARDED);
+		return TC_ACT_STOLEN;	/* silently: the sender is a local socket */
+	}
+	if (pkt.proto == PROTO_ICMP)
+		return error_to_client(skb, &pkt);
+	if (!is_transport(&pkt))
+		return NOT_OURS;
+	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
+		return NOT_OURS;
+	from.addr = pkt.src;
+	from.port = pkt.sport;
+	from.proto = pkt.proto;
+	flow = flow_of_reply(&from, &pkt.dst, pkt.dport);
+	if (!flow || (flow->flags & FLOW_HAIRPIN))
+		return NOT_OURS;
+	now = now_s();
+	if (reply_is_stale(flow, &pkt, now))
+		return NOT_OURS;
+	touch(flow, now);
+	note_reply(flow, &pkt);
+	if (pkt.fragment == FRAGMENT_FIRST)
+		fragment_remember(&pkt);
+	to.src = flow->frontend.addr;
+	to.sport = flow->frontend.port;
+	to.dst = pkt.dst;
+	to.dport = pkt.dport;
+	if (rewrite(skb, &pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0) != NEXT)
+		return TC_ACT_SHOT;
+	return TC_ACT_OK;
+}

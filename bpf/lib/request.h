@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* A packet on its way in: if it calls a frontend, it goes to a backend. */
+#include "fragment.h"
+#include "icmp.h"
+#include "refuse.h"
+#include "select.h"
+
+/* Is this source a pod of the cluster? (D1, ClusterCIDR) */
+static __always_inline bool is_pod(const struct addr *source)
+{
+#ifdef CLUSTER_CIDR_ADDRESS
+	return addr_masked_equal(source, &(struct addr)CLUSTER_CIDR_MASK,
+				 &(struct addr)CLUSTER_CIDR_ADDRESS);
+#else
+	return false;
+#endif
+}
+
+/* The prefix length of a key counts the bits before the address too. */
+#define RANGE_KEY_BITS (8 * (sizeof(__u32) + sizeof(struct addr)))
+
+static __always_inline bool source_allowed(const struct packet *pkt, __u32 ranges)
+{
+	struct range_key key = {
+		.prefix_bits = RANGE_KEY_BITS,
+		.ranges = ranges,
+		.addr = pkt->src,
+	};
+
+	return source_ranges.lookup(&key) != NULL;
+}
+
+/* Decide where a new flow goes and remember it. Returns NEXT with *flow filled
+ * and stored, or the verdict.
+ */
+static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
+				     const struct l4_addr *to, const struct frontend_value *frontend,
+				     struct flow_key *key, struct flow_value *flow, __u32 source,
+				     bool pod_device)
+{
+	__u32 now = now_s(), id;
+	struct backend_value *backend;
+	struct list list;
+
+	if (frontend->flags & FRONTEND_DRAINING)
+		return NOT_OURS;
+	/* Mid-stream TCP we never saw open belongs to whoever translated its
+	 * first packet, as kube-proxy did before the switch.
+	 */
+	if (pkt->proto == IPPROTO_TCP && !is_opening(pkt))
+		return NOT_OURS;
+	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(pkt, frontend->ranges))
+		return drop(DROP_SOURCE_RANGE);
+	if (frontend->flags & FRONTEND_REJECT)
+		return refuse(skb, pkt);
+	list = list_for(frontend, source);
+	id = choose(frontend, &list, pkt, now);
+	backend = backends.lookup(&id);
+	if (id == NO_BACKEND || !backend)
+		return drop(DROP_NO_LOCAL_ENDPOINT);
+
+	flow->frontend = *to;
+	flow->backend = backend->at;
+	flow->backend_id = id;
+	flow->seen_s = now;
+	flow->addr_diff = addr_diff(&to->addr, &backend->at.addr);
+	flow->port_diff = to->port == backend->at.port ? 0 : port_diff(to->port, backend->at.port);
+	if (addr_equal(&backend->at.addr, &pkt->src)) {
+		/* A backend that calls itself (P9). On its own device it is
+		 * turned round at once; from elsewhere the packet is masqueraded.
+		 */
+		if (pod_device) {
+			flow->flags = FLOW_HAIRPIN;
+			flow->addr_diff = csum_add(flow->addr_diff,
+						   addr_diff(&pkt->src, &hairpin_address));
+		} else {
+			flow->flags = FLOW_MASQUERADE;
+		}
+	} else if (frontend->flags >> MASQUERADE_SHIFT & source) {
+		flow->flags = FLOW_MASQUERADE;
+	}
+	if (flows.update(key, flow))
+		return drop(DROP_FLOW_TABLE);
+	return NEXT;
+}
+
+/* The client's side of a TCP flow's life. */
+static __always_inline void note_request(struct flow_value *flow, const struct packet *pkt)
+{
+	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
+		note(flow, pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_CLIENT_FIN);
+}
+
+static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet *pkt,
+					   const struct flow_value *flow)
+{
+	bool hairpin = flow->flags & FLOW_HAIRPIN;
+	struct rewrite to = {
+		.src = hairpin ? hairpin_address : pkt->src,
+		.dst = flow->backend.addr,
+		.sport = pkt->sport,
+		.dport = flow->backend.port,
+	};
+	__u32 masquerade = flow->flags & FLOW_MASQUERADE;
+	int verdict;
+
+	verdict = rewrite(skb, pkt, &to, flow->addr_diff, flow->port_diff);
+	if (verdict != NEXT)
+		return verdict;
+	if (masquerade)
+		skb->mark |= MASQUERADE_MARK;
+	return hairpin ? send_back(skb, pkt->l3) : TC_ACT_OK;
+}
+
+/* The backend's answer to itself: back to the client it is, from the frontend. */
+static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *pkt)
+{
+	struct l4_addr from = { .addr = pkt->src, .port = pkt->sport, .proto = pkt->proto };
+	struct flow_value *flow = flow_of_reply(&from, &pkt->src, pkt->dport);
+	struct rewrite to = { .dst = pkt->src, .sport = pkt->sport, .dport = pkt->dport };
+	int verdict;
+
+	if (!flow || !(flow->flags & FLOW_HAIRPIN))
+		return drop(DROP_DISCARDED);
+	to.src = flow->frontend.addr;
+	to.sport = flow->frontend.port;
+	note_reply(flow, pkt);
+	verdict = rewrite(skb, pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0);
+	return verdict == NEXT ? send_back(skb, pkt->l3) : verdict;
+}
+
+/* The whole of an ingress hook. pod_device: this is the host side of a pod's
+ * interface, so the source is a pod whatever its address.
+ */
+static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_device)
+{
+	struct packet pkt = {};
+	struct l4_addr to = {};
+	struct flow_key key = {};
+	struct flow_value fresh = {};
+	struct frontend_value *frontend;
+	struct flow_value *flow;
+	__u32 source;
+	int verdict;
+
+	if (parse(skb, l3, &pkt) != NEXT)
+		return NOT_OURS;
+	if (pkt.proto == PROTO_ICMP)
+		return error_to_backend(skb, &pkt);
+	if (!is_transport(&pkt))
+		return NOT_OURS;
+	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
+		return NOT_OURS;
+	to.addr = pkt.dst;
+	to.port = pkt.dport;
+	to.proto = pkt.proto;
+	frontend = frontends.lookup(&to);
+	if (!frontend) {
+		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
+			return hairpin_reply(skb, &pkt);
+		return NOT_OURS;
+	}
+	key.client = pkt.src;
+	key.service = frontend->service;
+	key.client_port = pkt.sport;
+	key.proto = pkt.proto;
+	flow = flow_of_request(&key, &to);
+	if (!flow || !flow_holds(flow, &pkt, now_s())) {
+		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
+		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, source, pod_device);
+		if (verdict != NEXT)
+			return verdict;
+		flow = &fresh;
+	} else {
+		touch(flow, now_s());
+		note_request(flow, &pkt);
+	}
+	if (pkt.fragment == FRAGMENT_FIRST)
+		fragment_remember(&pkt);
+	return send_to_backend(skb, &pkt, flow);
+}

@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#pragma once
+
+/* Which backend a new flow gets. */
+#include "packet.h"
+
+struct list {
+	__u32 first;
+	__u32 count;
+	__u32 member;		/* BACKEND_IN_*: what a backend of this list carries */
+};
+
+static __always_inline struct list list_for(const struct frontend_value *frontend, __u32 source)
+{
+	struct list list;
+
+	if (frontend->flags & source) {
+		list.first = frontend->local_first;
+		list.count = frontend->local_count;
+		list.member = BACKEND_IN_LOCAL;
+	} else {
+		list.first = frontend->cluster_first;
+		list.count = frontend->cluster_count;
+		list.member = BACKEND_IN_CLUSTER;
+	}
+	return list;
+}
+
+static __always_inline __u32 mix(__u32 hash, __u32 word)
+{
+	hash ^= word * 0xcc9e2d51;
+	hash = (hash << 13) | (hash >> 19);
+	return hash * 5 + 0xe6546b64;
+}
+
+/* The same on every node: client and service port, not the address of the
+ * service, so a NodePort leads to the same backend through any node. With
+ * affinity the client's port stays out, so a client stays with its backend
+ * even where nobody remembers it.
+ */
+static __always_inline __u32 client_hash(const struct packet *pkt, bool sticky)
+{
+	__u32 zero = 0, hash = 0;
+	struct settings_value *run = settings.lookup(&zero);
+	int i;
+
+	if (run)
+		hash = run->hash_seed;
+#pragma unroll
+	for (i = 0; i < ADDR_WORDS; i++)
+		hash = mix(hash, pkt->src.word[i]);
+	hash = mix(hash, (__u32)pkt->dport << 16 | (sticky ? 0 : pkt->sport));
+	hash = mix(hash, pkt->proto);
+	hash ^= hash >> 16;
+	hash *= 0x85ebca6b;
+	hash ^= hash >> 13;
+	hash *= 0xc2b2ae35;
+	return hash ^ hash >> 16;
+}
+
+/* The backend in a list at a fraction of 2^32; NO_BACKEND for an empty list. */
+static __always_inline __u32 backend_at(const struct list *list, __u32 fraction)
+{
+	__u32 slot = list->first + (__u32)(((__u64)fraction * list->count) >> 32);
+	__u32 *id;
+
+	if (!list->count)
+		return NO_BACKEND;
+	id = slots.lookup(&slot);
+	return id ? *id : NO_BACKEND;
+}
+
+/* The backend an affinity entry names, if it is still in the list chosen for
+ * this flow (B10) and the time has not run out (P13); else NO_BACKEND.
+ */
+static __always_inline __u32 affinity_recall(const struct affinity_key *key, __u32 member,
+					     __u32 timeout_s, __u32 now_s)
+{
+	struct affinity_value *value = affinity.lookup((struct affinity_key *)key);
+	struct backend_value *backend;
+
+	if (!value || now_s - value->seen_s > timeout_s)
+		return NO_BACKEND;
+	backend = backends.lookup(&value->backend_id);
+	if (!backend || backend->service != key->service || !(backend->flags & member))
+		return NO_BACKEND;
+	return value->backend_id;
+}
+
+static __always_inline void affinity_renew(struct affinity_key *key, __u32 backend_id, __u32 now_s)
+{
+	struct affinity_value value = { .backend_id = backend_id, .seen_s = now_s };
+
+	affinity.update(key, &value);
+}
+
+static __always_inline __u32 choose(const struct frontend_value *frontend,
+				    const struct list *list, const struct packet *pkt, __u32 now_s)
+{
+	struct affinity_key client = {};
+	__u32 id = NO_BACKEND;
+
+	if (frontend->affinity_s) {
+		__builtin_memcpy(client.client, &pkt->src, sizeof(pkt->src));
+		client.service = frontend->service;
+		id = affinity_recall(&client, list->member, frontend->affinity_s, now_s);
+	}
+	if (id == NO_BACKEND)
+		id = backend_at(list, frontend->flags & FRONTEND_MAGLEV ?
+				      client_hash(pkt, frontend->affinity_s) :
+				      bpf_get_prandom_u32());
+	if (frontend->affinity_s && id != NO_BACKEND)
+		affinity_renew(&client, id, now_s);
+	return id;
+}
