@@ -1,6 +1,7 @@
 """The agent's settings: each field says unit, default and why.
 
-Validated once, here, at the edge; the rest of the program trusts them. Fields may be given in a YAML file, and the
+Validated once, here, at the edge; the rest of the program trusts them. Fields may be given in a
+YAML file, and the
 command line overrides single ones.
 """
 
@@ -32,18 +33,41 @@ class EbpfSettings(_Settings):
     bpffs: Path = Path("/sys/fs/bpf")
     """Where the BPF file system is mounted; pins live in `ebpf-svc/v<LAYOUT_VERSION>/` below it."""
     cgroup_root: Path | None = None
-    """Socket hooks act on processes below this cgroup; None = the root of the cgroup2 hierarchy, found in /proc/mounts."""
+    """Socket hooks act on processes below this cgroup; None = the root of the cgroup2 hierarchy,
+    found in /proc/mounts.
+    """
     cache_dir: Path = Path("/var/cache/ebpf-svc")
-    """Compiled programs, keyed by sources, constants and compiler: a restart then needs no compiler."""
+    """Compiled programs, keyed by sources, constants and compiler: a restart then needs no
+    compiler.
+    """
     socket_lb: SocketLB = SocketLB.FULL
-    """full: pods and host; hostOnly: pods are left to tc (meshes and sandboxes see the VIP); off: tc alone."""
+    """full: pods and host; hostOnly: pods are left to tc (meshes and sandboxes see the VIP); off:
+    tc alone.
+    """
     pod_devices: tuple[str, ...] = ("veth*", "cali*", "lxc*", "eni*", "azv*", "gke*", "vz-*")
-    """Patterns of the host side of pod interfaces. A device that also matches `node_devices` is a node device."""
-    node_devices: tuple[str, ...] = ("eth*", "en[ospx]*", "bond*", "wl*", "ib*", "team*", "flannel*", "vxlan*", "geneve*",
-                                     "tunl*", "wg*", "cilium_vxlan", "antrea-gw*")
+    """Patterns of the host side of pod interfaces. A device that also matches `node_devices` is a
+    node device.
+    """
+    node_devices: tuple[str, ...] = (
+        "eth*",
+        "en[ospx]*",
+        "bond*",
+        "wl*",
+        "ib*",
+        "team*",
+        "flannel*",
+        "vxlan*",
+        "geneve*",
+        "tunl*",
+        "wg*",
+        "cilium_vxlan",
+        "antrea-gw*",
+    )
     """Patterns of devices through which other machines are reached: NICs and the CNI's tunnels."""
     flow_entries: int = Field(default=262_144, ge=1024)
-    """Flows kept, each family; least recently used go first. 256 Ki costs 40 MiB (IPv4) and inserts twice as fast as 1 Mi."""
+    """Flows kept, each family; least recently used go first. 256 Ki costs 40 MiB (IPv4) and inserts
+    twice as fast as 1 Mi.
+    """
     affinity_entries: int = Field(default=65_536, ge=64)
     """Clients remembered for ClientIP affinity, each family."""
     frontend_entries: int = Field(default=131_072, ge=64)
@@ -55,7 +79,9 @@ class EbpfSettings(_Settings):
     maglev: bool = True
     """Choose backends of external frontends by the client's hash, the same on every node."""
     maglev_slots_per_backend: int = Field(default=100, ge=10, le=1000)
-    """A table is the next prime above this many slots a backend: 100 keeps the imbalance within 1 %."""
+    """A table is the next prime above this many slots a backend: 100 keeps the imbalance within 1
+    %.
+    """
     maglev_seed: str = "ebpf-svc"
     """Same seed, same tables: give every node of a cluster the same."""
 
@@ -73,8 +99,8 @@ class Settings(_Settings):
     """Lock and status of the running agent; `show` reads it."""
     families: tuple[Family, ...] = (Family.V4, Family.V6)
     cluster_cidrs: tuple[str, ...] = ()
-    """Pod addresses of the cluster: a source inside is a pod (D1 ClusterCIDR), else an outside client. Empty = no
-    detector: off-cluster traffic to cluster IPs is not masqueraded (D2)."""
+    """Pod addresses of the cluster: a source inside is a pod (D1 ClusterCIDR), else an outside
+    client. Empty = no detector: off-cluster traffic to cluster IPs is not masqueraded (D2)."""
     service_cidrs: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
     """Ranges cluster IPs are allocated from in standalone mode, one a family."""
     node_port_range: tuple[int, int] = (30000, 32767)
@@ -86,7 +112,9 @@ class Settings(_Settings):
     allow_external_ips: bool = True
     """Honour spec.externalIPs (F8)."""
     min_sync_period_s: float = Field(default=0.02, ge=0)
-    """Shortest pause between the end of one apply and the start of the next (R2): a rollout becomes few writes."""
+    """Shortest pause between the end of one apply and the start of the next (R2): a rollout becomes
+    few writes.
+    """
     resync_period_s: float = Field(default=30.0, gt=0)
     """How often the kernel is read back and drift repaired."""
     retry_max_s: float = Field(default=30.0, gt=0)

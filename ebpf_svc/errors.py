@@ -2,7 +2,8 @@
 
     EbpfSvcError
     ├── ConfigError            a setting or flag is wrong
-    ├── InvalidObject          a manifest or API object is wrong: reported, skipped, all else goes on
+    ├── InvalidObject          a manifest or API object is wrong: reported, skipped, all else goes
+    on
     ├── UnsupportedHost        this machine cannot run what was asked
     ├── WatchError             the outside world cannot be read just now: retried
     └── DataplaneError
@@ -12,8 +13,8 @@
         ├── ApplyError         one frontend could not be written: retried
         └── CommandError       a program of the host failed
 
-Three fates, chosen by class: bad input is reported and skipped; a transient failure is retried with back-off; a broken
-invariant ends the process with a non-zero status and leaves forwarding in place.
+Three fates, chosen by class: bad input is reported and skipped; a transient failure is retried with
+back-off; a broken invariant ends the process with a non-zero status and leaves forwarding in place.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class InvalidObject(EbpfSvcError):
 
 
 class UnsupportedHost(EbpfSvcError):
-    """This machine lacks something; each entry of `missing` is a sentence that says how to mend it."""
+    """This machine lacks something; each of `missing` is a sentence that says how to mend it."""
 
     def __init__(self, missing: Sequence[str]) -> None:
         super().__init__("; ".join(missing))

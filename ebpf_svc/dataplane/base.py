@@ -65,8 +65,8 @@ class ApplyReport:
 class Dataplane(TypingProtocol):
     """A backend.
 
-    The law each passes for generated states: after `apply(d)`, `read() == d.view()`, and a second `apply(d)` reports
-    zero writes; after `cleanup()` the host holds nothing of ours.
+    The law each passes for generated states: after `apply(d)`, `read() == d.view()`, and a second
+    `apply(d)` reports zero writes; after `cleanup()` the host holds nothing of ours.
     """
 
     name: str
@@ -75,7 +75,9 @@ class Dataplane(TypingProtocol):
         """Look at this host without changing it."""
 
     def open(self) -> None:
-        """Take over what an earlier run left, or start empty; raises UnsupportedHost, DataplaneError."""
+        """Take over what an earlier run left, or start empty; raises UnsupportedHost,
+        DataplaneError.
+        """
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Make the kernel hold `desired`.
@@ -92,4 +94,6 @@ class Dataplane(TypingProtocol):
         """Stop working; traffic goes on with what the kernel holds (Z2)."""
 
     def cleanup(self) -> None:
-        """Remove everything that carries our mark, also after a crash; may be called without `open()`."""
+        """Remove everything that carries our mark, also after a crash; may be called without
+        `open()`.
+        """

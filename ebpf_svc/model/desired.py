@@ -35,9 +35,10 @@ class FrontendKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """An address of a service port, with the traffic matrix of kube-proxy's rules P1-P10 solved for it.
+    """An address of a service port, with kube-proxy's traffic matrix (P1-P10) solved for it.
 
-    For each class of clients two questions are answered: which list of backends (`local_for`: the Local list, else the
+    For each class of clients two questions are answered: which list of backends (`local_for`: the
+    Local list, else the
     Cluster list) and whether the source is masqueraded (`masquerade_for`).
     """
 
@@ -46,14 +47,17 @@ class Frontend:
     local_for: Sources = Sources.NONE
     masquerade_for: Sources = Sources.NONE
     source_ranges: tuple[str, ...] | None = None
-    """Prefixes that may connect (P10), the VIP's self-allow included; None = no filter. Sources outside are dropped."""
+    """Prefixes that may connect (P10), the VIP's self-allow included; None = no filter. Sources
+    outside are dropped.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     """An endpoint that holds or may get flows of one service port.
 
-    In neither list it is draining: it gets no new flow, but existing UDP flows stay (C5); an endpoint that stops
+    In neither list it is draining: it gets no new flow, but existing UDP flows stay (C5); an
+    endpoint that stops
     serving leaves the plan.
     """
 
@@ -85,7 +89,9 @@ class ServicePlan:
     backends: tuple[Backend, ...]
     """Sorted by (address, port)."""
     has_endpoints: bool
-    """Some endpoint anywhere is usable (T6): with none, every frontend refuses (P2); else an empty list drops (P3, P4)."""
+    """Some endpoint anywhere is usable (T6): with none, every frontend refuses (P2); else an empty
+    list drops (P3, P4).
+    """
     affinity_s: int = 0
 
 
@@ -111,12 +117,16 @@ class FrontendView:
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """All of this node's service ports. Plans that did not change keep their identity from state to state."""
+    """All of this node's service ports. Plans that did not change keep their identity from state to
+    state.
+    """
 
     plans: Mapping[PlanKey, ServicePlan] = field(default_factory=dict)
     health_checks: tuple[HealthCheck, ...] = ()
     problems: tuple[Problem, ...] = ()
-    """Conflicts between services (a frontend claimed twice), each named; the claim that lost is not in `plans`."""
+    """Conflicts between services (a frontend claimed twice), each named; the claim that lost is not
+    in `plans`.
+    """
     revision: int = 0
 
     def view(self) -> dict[FrontendKey, FrontendView]:

@@ -1,6 +1,7 @@
 """Words of the network: protocols, families, addresses.
 
-An address is a string in canonical form (`10.96.0.1`, `fd00::1`), a prefix `ADDRESS/LENGTH`. Strings compare, hash and
+An address is a string in canonical form (`10.96.0.1`, `fd00::1`), a prefix `ADDRESS/LENGTH`.
+Strings compare, hash and
 print as they are; only the codecs at the kernel's edge turn them into bytes.
 """
 
@@ -60,7 +61,7 @@ def family_of(address: str) -> Family:
 
 
 def canonical_address(text: str) -> str:
-    """Parse an address the sloppy way the API allows (F17: leading zeros are decimal) and print it canonically.
+    """Parse an address as sloppily as the API allows (F17: leading zeros are decimal), canonically.
 
     Raises:
         ValueError: it is no address.
@@ -75,7 +76,7 @@ def canonical_address(text: str) -> str:
 
 
 def canonical_prefix(text: str) -> str:
-    """Parse a CIDR the sloppy way (F10, F17) and print its network canonically; a bare address is refused.
+    """Parse a CIDR as sloppily (F10, F17) and print its network; a bare address is refused.
 
     Raises:
         ValueError: it is no prefix.

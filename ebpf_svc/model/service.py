@@ -54,7 +54,9 @@ class TrafficPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """One entry of `spec.ports`; the target port is not here: it acts only through EndpointSlices (F6)."""
+    """One entry of `spec.ports`; the target port is not here: it acts only through EndpointSlices
+    (F6).
+    """
 
     name: str
     protocol: Protocol
@@ -65,7 +67,9 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A Service as the dataplane needs it. Addresses canonical, unparsable ones already dropped (F8-F10, F17)."""
+    """A Service as the dataplane needs it. Addresses canonical, unparsable ones already dropped
+    (F8-F10, F17).
+    """
 
     name: ServiceName
     type: ServiceType

@@ -17,7 +17,9 @@ class NodeFacts:
     addresses: tuple[str, ...] = ()
     """InternalIPs, then ExternalIPs (N1); the first of each family is that family's node IP."""
     local_addresses: tuple[str, ...] = ()
-    """Every address on an interface of the node, loopback included, sorted; frontends of NodePorts (P15, A1-A4)."""
+    """Every address on an interface of the node, loopback included, sorted; frontends of NodePorts
+    (P15, A1-A4).
+    """
     zone: str = ""
     """`topology.kubernetes.io/zone` (N5); empty = none."""
     pod_cidrs: tuple[str, ...] = ()
@@ -33,14 +35,17 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.source, self.object_ref, self.field, self.message) if part)
+        return ": ".join(
+            part for part in (self.source, self.object_ref, self.field, self.message) if part
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Services, slices and the node, immutable.
 
-    Objects that did not change between two snapshots are the *same* objects (`is`), and so are the slice tuples: the
+    Objects that did not change between two snapshots are the *same* objects (`is`), and so are the
+    slice tuples: the
     planner skips by identity.
     """
 

@@ -12,7 +12,9 @@ from enum import IntEnum, IntFlag
 from ebpf_svc.model.net import Family, Sources, family_of
 
 LAYOUT_VERSION = 1
-"""Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the pin path."""
+"""Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
+pin path.
+"""
 
 FRONTEND_KIND_SHIFT = 12
 MASQUERADE_SHIFT = 3
@@ -79,7 +81,8 @@ UDP_IDLE_S = 120
 SYN_IDLE_S = 60
 """A half-open TCP flow unused this long picks anew."""
 BACKEND_CHAIN_MAX = 16
-"""Service ports that may share one endpoint address and port; the egress program walks that many."""
+"""Service ports that may share one endpoint address and port; the egress program walks that many.
+"""
 SOCKET_ENTRIES = 4
 """Service addresses one UDP socket may talk to at a time without losing the way back."""
 NO_BACKEND = 0
@@ -101,7 +104,9 @@ def _words(address: str, family: Family) -> str:
 
 
 CSUM_IPV6_FLAG = 1 << 7
-"""BPF_F_IPV6 of bpf_l4_csum_replace, Linux 6.16: without it CHECKSUM_COMPLETE of IPv6 packets goes wrong."""
+"""BPF_F_IPV6 of bpf_l4_csum_replace, Linux 6.16: without it CHECKSUM_COMPLETE of IPv6 packets goes
+wrong.
+"""
 
 
 def node_defines(
