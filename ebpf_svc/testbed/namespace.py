@@ -1,0 +1,82 @@
+"""One network namespace: entering it, its netlink socket, its sysctls, processes in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+from ebpf_svc.testbed import kernel
+
+# No duplicate address detection, no router discovery: an address is usable once it is given.
+_QUIET_IPV6 = {
+    f"net/ipv6/conf/{scope}/{name}": value
+    for scope in ("all", "default")
+    for name, value in (("accept_dad", 0), ("accept_ra", 0), ("router_solicitations", 0))
+}
+
+# A shell joins the cgroup before the program exists: sockets belong to the cgroup they open in.
+_JOIN_CGROUP = ("/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
+
+
+class Namespace:
+    """A named network namespace; `ip netns exec NAME` sees it too."""
+
+    def __init__(self, name: str) -> None:
+        kernel.create_netns(name)
+        self.name = name
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        with self.netlink() as ip:
+            ip.link("set", index=1, state="up")
+        self.sysctl(_QUIET_IPV6)
+
+    @property
+    def path(self) -> Path:
+        return kernel.NETNS_DIR / self.name
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let the calling thread live in the namespace; processes it starts inherit that."""
+        with kernel.entered(self.fd):
+            yield
+
+    @contextmanager
+    def netlink(self) -> Iterator[Any]:
+        """A pyroute2 IPRoute of this namespace, for the calling thread."""
+        with self.entered(), IPRoute() as ip:
+            yield ip
+
+    def sysctl(self, values: Mapping[str, int | str]) -> None:
+        """Write sysctls given by path below /proc/sys, e.g. `net/ipv4/ip_forward`."""
+        with self.entered():
+            for name, value in values.items():
+                Path("/proc/sys", name).write_text(str(value))
+
+    def popen(self, argv: Sequence[str], *, cgroup: Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a process in the namespace and cgroup; options as for Popen, streams are text."""
+        with self.entered():
+            return subprocess.Popen([*_JOIN_CGROUP, str(cgroup), *argv], text=True, **options)
+
+    def close(self) -> None:
+        """Give the namespace up; the kernel frees it once no process lives in it."""
+        os.close(self.fd)
+        kernel.remove_netns(self.name)
+
+
+def python_argv(module: str, *, site_packages: bool = True) -> list[str]:
+    """How to run a module of this package with this interpreter, wherever the process stands."""
+    if site_packages:
+        return [sys.executable, "-m", module]
+    # Without site-packages the interpreter starts in half the time.
+    root = Path(__file__).resolve().parents[2]
+    start = (
+        f"import sys, runpy; sys.path.insert(0, {str(root)!r}); "
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    return [sys.executable, "-E", "-S", "-c", start]
