@@ -64,6 +64,11 @@ class Host:
             self._peer = Peer(self.popen(argv, stdin=pipe, stdout=pipe), self.name)
         return self._peer
 
+    @property
+    def has_peer(self) -> bool:
+        """Whether that program runs."""
+        return self._peer is not None and self._peer.alive
+
     def close(self) -> None:
         """End every process of the host and give its namespace up."""
         cgroup.kill(self.cgroup)

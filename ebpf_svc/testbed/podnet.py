@@ -1,8 +1,8 @@
 """How pods are attached to a node and nodes reach each other's pods: three CNIs in miniature.
 
-    BRIDGE   pod ── veth… ─ cni0 (the gateway) ─ routes between the nodes       (bridge CNI)
-    ROUTED   pod ── cali… ─ a route per pod, gateway 169.254.1.1 on every link  (Calico)
-    OVERLAY  pod ── veth… ─ cni0 ─ flannel.1 ═ vxlan between the nodes          (flannel)
+BRIDGE   pod ── veth… ─ cni0 (the gateway) ─ routes between the nodes       (bridge CNI)
+ROUTED   pod ── cali… ─ a route per pod, gateway 169.254.1.1 on every link  (Calico)
+OVERLAY  pod ── veth… ─ cni0 ─ flannel.1 ═ vxlan between the nodes          (flannel)
 """
 
 from __future__ import annotations
