@@ -35,7 +35,7 @@ def obtain(
     families: Sequence[Family],
     cache_dir: Path,
     *,
-    extra_defines: Mapping[str, str] | None = None,
+    extra_defines: Mapping[Family, Mapping[str, str]] | None = None,
     text: str | None = None,
 ) -> dict[Family, Artifact]:
     """Give the artifact of each family, compiled now only when the cache has none that fits.
@@ -46,7 +46,7 @@ def obtain(
     Args:
         families: which to give.
         cache_dir: where artifacts are kept; created.
-        extra_defines: this node's settings, besides `constants.defines`.
+        extra_defines: by family, this node's settings, besides `constants.defines`.
         text: another unit than ours, for tests and benchmarks.
 
     Raises:
@@ -58,7 +58,7 @@ def obtain(
     missing: dict[Family, tuple[Path, dict[str, str]]] = {}
     bcc = bcc_version()
     for family in families:
-        defines = {**constants.defines(family), **(extra_defines or {})}
+        defines = {**constants.defines(family), **(extra_defines or {}).get(family, {})}
         stem = f"ipv{int(family)}-{artifact.source_key(unit, defines)[:32]}"
         for path in _candidates(cache_dir, stem, bcc):
             cached = artifact.read(path)
@@ -143,18 +143,12 @@ def _compile_all(
         _, log = process.communicate()
         result = artifact.read(wanted[family][0]) if process.returncode == 0 else None
         if result is None:
-            failures.append(CompileError(f"the IPv{int(family)} unit", _without_noise(log)))
+            failures.append(CompileError(f"the IPv{int(family)} unit", log.strip()))
         else:
             results[family] = result
     if failures:
         raise failures[0]
     return results
-
-
-def _without_noise(log: str) -> str:
-    """Clang's messages without warnings about the kernel's own headers or our traceback."""
-    before = log.split("Traceback (most recent call last)", maxsplit=1)[0].strip()
-    return before or log.strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,9 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = source.join([path], path.parent)
     else:
         text = source.unit_text()
-    given = dict(pair.partition("=")[::2] for pair in arguments.define)
-    defines = given or constants.defines(Family(arguments.family))
-    artifact.write(compile_unit(text, defines), arguments.out)
+    defines = constants.defines(Family(arguments.family))
+    defines |= dict(pair.partition("=")[::2] for pair in arguments.define)
+    try:
+        compiled = compile_unit(text, defines)
+    except Exception as error:  # bcc raises nothing narrower; clang has said why on stderr
+        print(error, file=sys.stderr)
+        return 1
+    artifact.write(compiled, arguments.out)
     return 0
 
 
