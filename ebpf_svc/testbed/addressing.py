@@ -15,7 +15,7 @@ from ebpf_svc.model.net import Family
 CLUSTER_CIDRS = ("10.244.0.0/16", "fd00:10:244::/48")
 """Every pod address of the cluster."""
 SERVICE_CIDRS = ("10.96.0.0/16", "fd00:10:96::/112")
-VIP_CIDRS = ("198.51.100.0/24", "2001:db8:51::/64")
+VIP_CIDRS = ("198.51.100.0/24", "198.18.0.0/16", "2001:db8:51::/64")
 """External and load balancer addresses: on no interface, the router sends them to a node."""
 
 PREFIX_LENGTH = {Family.V4: 24, Family.V6: 64}

@@ -1,4 +1,4 @@
-"""The agent under test: `ebpf-svc run` as a process of a node, with its own settings file and log."""
+"""The agent under test: `ebpf-svc run` as a process of a node, with its own settings and log."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Cluster:
         """Remove clusters whose process has ended, `kept` ones too if asked; returns their ids."""
         return leftovers.cleanup(kept=kept)
 
-    def _route(self, prefixes: tuple[str, str], node: Node) -> None:
+    def _route(self, prefixes: tuple[str, ...], node: Node) -> None:
         with self.router.namespace.netlink() as ip:
             for prefix in prefixes:
                 ip.route("replace", dst=prefix, gateway=node.address(family_of(prefix)))

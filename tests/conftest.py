@@ -1,0 +1,132 @@
+"""What the rings share: which dataplane, what this machine lacks, what a failure leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpf_svc.config import Settings
+from ebpf_svc.errors import UnsupportedHost
+from ebpf_svc.modes import make_dataplane
+from ebpf_svc.testbed.cluster import Cluster
+from ebpf_svc.testbed.podnet import PodNetwork
+from tests.behaviour.gaps import GAPS
+from tests.lib.world import World
+
+DATAPLANES = ("ebpf",)
+LOGS = Path("test-logs")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ebpf-svc")
+    group.addoption(
+        "--dataplane", choices=DATAPLANES, action="append", help="only this dataplane; repeatable"
+    )
+    group.addoption(
+        "--keep", action="store_true", help="leave the clusters of failed tests up, for a look"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "dataplane" in metafunc.fixturenames:
+        names = metafunc.config.getoption("dataplane") or DATAPLANES
+        metafunc.parametrize("dataplane", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "behaviour" in item.path.parts:
+            item.add_marker(pytest.mark.root)
+        if os.geteuid() != 0 and item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root (namespaces, BPF): sudo make test"))
+        callspec = getattr(item, "callspec", None)
+        name = callspec.params.get("dataplane", "") if callspec else ""
+        reason = GAPS.get((name, getattr(item, "originalname", item.name)))
+        if reason:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep everything that explains a failure in test-logs/<test>/."""
+    report = yield
+    if report.failed and report.when in ("setup", "call"):
+        world = getattr(item, "funcargs", {}).get("world")
+        if isinstance(world, World):
+            folder = LOGS / re.sub(r"[^\w.-]+", "-", item.nodeid.rpartition("/")[2])
+            world.report(folder)
+            report.sections.append(("what the nodes held", str(folder)))
+            world.failed = True
+    return report
+
+
+@pytest.fixture(scope="session")
+def dataplane(request: pytest.FixtureRequest) -> str:
+    """The dataplane under test; one that cannot run here is skipped in its own words."""
+    name: str = request.param
+    support = make_dataplane(name, Settings()).check()
+    if not support.ok:
+        pytest.skip(str(UnsupportedHost(support.missing)))
+    return name
+
+
+@pytest.fixture(scope="session")
+def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled programs, shared by every agent of the run: one compile each."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def no_leftovers() -> Iterator[None]:
+    """Remove what crashed runs left; a cluster of this run that stays fails its own teardown."""
+    Cluster.cleanup_leftovers()
+    yield
+    assert Cluster.cleanup_leftovers() == ()
+
+
+class Worlds:
+    """The worlds of a run, one per pod network, made when first asked for."""
+
+    def __init__(self, cache_dir: Path, *, keep: bool) -> None:
+        self._cache_dir, self._keep = cache_dir, keep
+        self._worlds: dict[tuple[str, PodNetwork], World] = {}
+
+    def of(self, dataplane: str, network: PodNetwork) -> World:
+        key = (dataplane, network)
+        if key not in self._worlds:
+            self._worlds[key] = World(network, cache_dir=self._cache_dir)
+        return self._worlds[key]
+
+    def close(self) -> None:
+        for world in self._worlds.values():
+            if self._keep and world.failed:
+                world.cluster.keep()
+                print(f"\nkept:\n{world.cluster.describe()}")
+                print(f"enter: ip netns exec {world.cluster.nodes[0].namespace.name} bash")
+            else:
+                world.close()
+
+
+@pytest.fixture(scope="session")
+def worlds(
+    request: pytest.FixtureRequest, artifact_cache: Path, no_leftovers: None
+) -> Iterator[Worlds]:
+    made = Worlds(artifact_cache, keep=request.config.getoption("--keep"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def pod_network(request: pytest.FixtureRequest) -> PodNetwork:
+    """How pods are attached: the bridge, unless a test asks for others (`every_pod_network`)."""
+    return getattr(request, "param", PodNetwork.BRIDGE)
+
+
+@pytest.fixture(scope="session")
+def world(dataplane: str, pod_network: PodNetwork, worlds: Worlds) -> World:
+    """A cluster of that pod network with agents of that dataplane, shared by the whole run."""
+    return worlds.of(dataplane, pod_network)

@@ -1,0 +1,163 @@
+"""Manifests the behaviour tests publish: one service with every kind of frontend, its endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.addressing import Addresses
+from ebpf_svc.testbed.host import Node, Pod
+from ebpf_svc.testbed.traffic import Target
+
+PORT, TARGET_PORT = 80, 8080
+PROTOCOLS = (Protocol.TCP, Protocol.UDP)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A pod behind a service, in a state of its life."""
+
+    pod: Pod
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+
+
+@dataclass(frozen=True)
+class Web:
+    """A service on port 80, TCP and UDP, both families, reachable in every way there is.
+
+    The number makes all its addresses; two services of one world never share it.
+    """
+
+    number: int
+    affinity_s: int = 0
+    internal_local: bool = False
+    external_local: bool = False
+    source_ranges: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the Service's spec."""
+
+    @property
+    def name(self) -> str:
+        return f"web{self.number}"
+
+    @property
+    def cluster(self) -> Addresses:
+        high, low = divmod(self.number, 256)
+        return Addresses(f"10.96.{high}.{low}", f"fd00:10:96::{self.number:x}")
+
+    @property
+    def external(self) -> Addresses:
+        high, low = divmod(self.number, 256)
+        return Addresses(f"198.18.{high}.{low}", f"2001:db8:51::1:{self.number:x}")
+
+    @property
+    def balancer(self) -> Addresses:
+        high, low = divmod(self.number, 256)
+        return Addresses(f"198.18.{128 + high}.{low}", f"2001:db8:51::2:{self.number:x}")
+
+    @property
+    def node_port(self) -> int:
+        return 30_000 + self.number
+
+    def manifests(self, endpoints: Sequence[Endpoint | Pod]) -> list[dict[str, Any]]:
+        """The Service and its slices with these endpoints."""
+        full = [one if isinstance(one, Endpoint) else Endpoint(one) for one in endpoints]
+        return [self._service(), *(self._slice(family, full) for family in Family)]
+
+    def _service(self) -> dict[str, Any]:
+        spec: dict[str, Any] = {
+            "type": "LoadBalancer",
+            "clusterIP": self.cluster.v4,
+            "clusterIPs": list(self.cluster),
+            "ipFamilies": ["IPv4", "IPv6"],
+            "ipFamilyPolicy": "RequireDualStack",
+            "externalIPs": list(self.external),
+            "ports": [
+                {
+                    "name": protocol.value.lower(),
+                    "protocol": protocol.value,
+                    "port": PORT,
+                    "targetPort": TARGET_PORT,
+                    "nodePort": self.node_port,
+                }
+                for protocol in PROTOCOLS
+            ],
+            "internalTrafficPolicy": "Local" if self.internal_local else "Cluster",
+            "externalTrafficPolicy": "Local" if self.external_local else "Cluster",
+            **self.extra,
+        }
+        if self.affinity_s:
+            spec["sessionAffinity"] = "ClientIP"
+            spec["sessionAffinityConfig"] = {"clientIP": {"timeoutSeconds": self.affinity_s}}
+        if self.source_ranges:
+            spec["loadBalancerSourceRanges"] = list(self.source_ranges)
+        return {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": self.name, "namespace": "tests"},
+            "spec": spec,
+            "status": {"loadBalancer": {"ingress": [{"ip": ip} for ip in self.balancer]}},
+        }
+
+    def _slice(self, family: Family, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+        return {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": f"{self.name}-{family.label.lower()}",
+                "namespace": "tests",
+                "labels": {"kubernetes.io/service-name": self.name},
+            },
+            "addressType": family.label,
+            "ports": [
+                {"name": protocol.value.lower(), "protocol": protocol.value, "port": TARGET_PORT}
+                for protocol in PROTOCOLS
+            ],
+            "endpoints": [
+                {
+                    "addresses": [one.pod.address(family)],
+                    "nodeName": one.pod.node.name,
+                    "conditions": {
+                        "ready": one.ready,
+                        "serving": one.serving,
+                        "terminating": one.terminating,
+                    },
+                }
+                for one in endpoints
+            ],
+        }
+
+    def at_cluster_ip(self, family: Family, protocol: Protocol, **options: Any) -> Target:
+        return Target(self.cluster.of(family), PORT, protocol, **options)
+
+    def at_external_ip(self, family: Family, protocol: Protocol, **options: Any) -> Target:
+        return Target(self.external.of(family), PORT, protocol, **options)
+
+    def at_balancer(self, family: Family, protocol: Protocol, **options: Any) -> Target:
+        return Target(self.balancer.of(family), PORT, protocol, **options)
+
+    def at_node(self, node: Node, family: Family, protocol: Protocol, **options: Any) -> Target:
+        return Target(node.address(family), self.node_port, protocol, **options)
+
+    def at_localhost(self, family: Family, protocol: Protocol, **options: Any) -> Target:
+        address = "127.0.0.1" if family is Family.V4 else "::1"
+        return Target(address, self.node_port, protocol, **options)
+
+
+def node_manifests(nodes: Sequence[Node]) -> list[dict[str, Any]]:
+    """The Node objects of a cluster."""
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": node.name},
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": one} for one in node.addresses]
+            },
+        }
+        for node in nodes
+    ]

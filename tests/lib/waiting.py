@@ -1,0 +1,30 @@
+"""Waiting for what must become true: returns at once when it is, shows the last value when not."""
+not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+POLL_S = 0.01
+
+
+def eventually(
+    look: Callable[[], T], *, until: Callable[[T], object] = bool, within_s: float = 5.0
+) -> T:
+    """Look again and again until the value will do, and return it.
+
+    Raises:
+        AssertionError: it never did within the deadline; the message shows the last value.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        value = look()
+        if until(value):
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {within_s} s still: {value!r}")
+        time.sleep(POLL_S)

@@ -1,0 +1,152 @@
+"""A cluster with an agent on every node and pods to serve and to ask: shared by many tests.
+
+    node1: web1 web2 serve, shell1 and sandbox1 ask      node2: web3 serves, shell2 asks
+
+Services come and go through `publish` and `withdraw`; both return once every agent has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebpf_svc.errors import CommandError
+from ebpf_svc.testbed.agent import Agent
+from ebpf_svc.testbed.cluster import Cluster
+from ebpf_svc.testbed.host import Host, Pod
+from ebpf_svc.testbed.podnet import PodNetwork
+from ebpf_svc.testbed.traffic import serve
+from tests.lib.manifests import TARGET_PORT, Endpoint, Web, node_manifests
+from tests.lib.waiting import eventually
+
+SYNC_S = 5.0
+
+
+class World:
+    """What the behaviour tests stand on; `close()` removes it."""
+
+    def __init__(
+        self, pod_network: PodNetwork, *, cache_dir: Path, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.failed = False
+        """A test that used this world failed."""
+        self.cluster = Cluster.create(pod_network=pod_network, cache_dir=cache_dir)
+        try:
+            node1, node2 = self.cluster.nodes
+            self.web1, self.web2 = node1.add_pod("web1"), node1.add_pod("web2")
+            self.web3 = node2.add_pod("web3")
+            self.shell1, self.shell2 = node1.add_pod("shell1"), node2.add_pod("shell2")
+            self.sandbox1 = node1.add_sandbox_pod("sandbox1")
+            self.webs = (self.web1, self.web2, self.web3)
+            for pod in self.webs:
+                serve(pod, tcp=[TARGET_PORT], udp=[TARGET_PORT])
+            self.manifests = self.cluster.folder / "manifests"
+            self.manifests.mkdir()
+            self._write("nodes", node_manifests(self.cluster.nodes))
+            self.agents = tuple(
+                Agent(node, self.cluster.settings(node, self.manifests).model_copy(update=settings))
+                for node in self.cluster.nodes
+            )
+            # Together: each spends most of its start waiting for its own imports.
+            for agent in self.agents:
+                agent.start(wait=False)
+            for agent in self.agents:
+                agent.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        self._numbers = itertools.count(1)
+
+    @property
+    def askers(self) -> tuple[Host, ...]:
+        """One host of each kind: pods of both nodes, a sandboxed pod, node processes, outside."""
+        cluster = self.cluster
+        return (self.shell1, self.shell2, self.sandbox1, *cluster.nodes, cluster.client)
+
+    def new_web(self, **options: Any) -> Web:
+        """A service that shares no address with any before; not yet published."""
+        return Web(next(self._numbers), **options)
+
+    def publish(self, web: Web, endpoints: Sequence[Endpoint | Pod]) -> None:
+        """Give a service these endpoints; returns once every agent has told its kernel."""
+        before = self._revisions()
+        if self._write(web.name, web.manifests(endpoints)):
+            self._await_sync(before)
+
+    def withdraw(self, web: Web) -> None:
+        """Take a service away again."""
+        before = self._revisions()
+        path = self._path(web.name)
+        if path.exists():
+            path.unlink()
+            self._await_sync(before)
+
+    def close(self) -> None:
+        """End agents and cluster; raises LeftoverError when something stays behind."""
+        self.cluster.close()
+
+    def report(self, folder: Path) -> None:
+        """Write down everything that explains a failure."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "topology.txt").write_text(self.cluster.describe() + "\n")
+        shutil.copytree(self.manifests, folder / "manifests", dirs_exist_ok=True)
+        for agent in self.agents:
+            node = agent.node
+            if agent.log_path.exists():
+                shutil.copy(agent.log_path, folder / f"{node.name}.log")
+            for name, look in {
+                "show.json": lambda agent=agent: agent.command("show", "--json"),
+                "nft.txt": lambda node=node: node.run(["nft", "list", "ruleset"]),
+                "links.txt": lambda node=node: node.run(["ip", "-d", "-s", "address"]),
+                "filters.txt": lambda node=node: node.run(["bpftool", "net"]),
+                "status.json": lambda agent=agent: json.dumps(dict(agent.status()), indent=2),
+            }.items():
+                try:
+                    text = look()
+                except (CommandError, OSError, ValueError) as error:
+                    text = f"{error}\n"
+                (folder / f"{node.name}-{name}").write_text(text)
+            _dump_maps(node.folders.bpffs, folder / f"{node.name}-maps")
+
+    def _path(self, name: str) -> Path:
+        return self.manifests / f"{name}.yaml"
+
+    def _write(self, name: str, objects: Sequence[Mapping[str, Any]]) -> bool:
+        """Replace a file in one step, as a config map mount does; False when nothing changed."""
+        path = self._path(name)
+        # JSON documents are YAML, and written ten times faster.
+        text = "\n---\n".join(json.dumps(one, indent=1) for one in objects) + "\n"
+        if path.exists() and path.read_text() == text:
+            return False
+        scratch = self.cluster.folder / "scratch"
+        scratch.write_text(text)
+        scratch.replace(path)
+        return True
+
+    def _revisions(self) -> list[int]:
+        return [agent.status().get("revision", 0) for agent in self.agents]
+
+    def _await_sync(self, before: Sequence[int]) -> None:
+        """Wait for the running agents only: a killed one has nothing to say."""
+        for agent, old in zip(self.agents, before, strict=True):
+            if agent.running:
+                eventually(
+                    agent.status, until=lambda s, old=old: s["revision"] > old, within_s=SYNC_S
+                )
+
+
+def _dump_maps(bpffs: Path, folder: Path) -> None:
+    import subprocess
+
+    folder.mkdir(exist_ok=True)
+    for pin in bpffs.rglob("*"):
+        if pin.is_file():
+            done = subprocess.run(
+                ["bpftool", "map", "dump", "pinned", str(pin)], capture_output=True, check=False
+            )
+            if done.returncode == 0:
+                (folder / pin.name).write_bytes(done.stdout[:1_000_000])

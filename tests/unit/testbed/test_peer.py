@@ -1,0 +1,70 @@
+"""The peer program on this machine's loopback: no root, no namespaces."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from ebpf_svc.testbed.control import Peer, PeerError
+from ebpf_svc.testbed.namespace import python_argv
+
+PORT = 28_080
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    pipe = subprocess.PIPE
+    argv = python_argv("ebpf_svc.testbed.peer", site_packages=False)
+    made = Peer(subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True), "self")
+    made.call("serve", name="one", ports=[["TCP", PORT], ["UDP", PORT]], address="127.0.0.1")
+    yield made
+    made.close()
+
+
+def _target(protocol: str, port: int = PORT, **options: object) -> dict[str, object]:
+    return {"address": "127.0.0.1", "port": port, "protocol": protocol, "timeout_s": 1.0, **options}
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_answer_says_who_answered_and_whom_it_saw(peer: Peer, protocol: str) -> None:
+    """An answer names the server, the client it saw and the address the client talked to."""
+    ((answer,),) = peer.call("ask", probes=[_target(protocol, request_bytes=3000)])
+    del answer["latency_ms"], answer["client_port"], answer["reply_bytes"]
+    assert answer == {
+        "outcome": "ok",
+        "server": "one",
+        "client": "127.0.0.1",
+        "peer": "127.0.0.1",
+        "peer_port": PORT,
+        "request_bytes": 3000,
+    }
+
+
+def test_closed_port_counts_as_refused(peer: Peer) -> None:
+    """Nobody listening is told apart from nobody answering."""
+    ((tcp,), (udp,)) = peer.call("ask", probes=[_target("TCP", 9), _target("UDP", 9)])
+    assert (tcp["outcome"], udp["outcome"]) == ("refused", "refused")
+
+
+def test_mapped_address_reaches_the_ipv4_server(peer: Peer) -> None:
+    """A dual-stack socket asks an IPv4 service by its v4-mapped address."""
+    ((answer,),) = peer.call("ask", probes=[_target("TCP", mapped=True)])
+    assert (answer["server"], answer["peer"]) == ("one", "127.0.0.1")
+
+
+def test_wrong_command_is_an_error_of_the_peer(peer: Peer) -> None:
+    """A mistake in a test shows as PeerError, not as an outcome."""
+    with pytest.raises(PeerError, match="AttributeError"):
+        peer.call("fly")
+
+
+def test_ended_peer_fails_what_waits_for_it() -> None:
+    """Nobody waits for a peer that is gone."""
+    pipe = subprocess.PIPE
+    argv = python_argv("ebpf_svc.testbed.peer", site_packages=False)
+    gone = Peer(subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True), "gone")
+    gone.close()
+    with pytest.raises(PeerError, match="ended"):
+        gone.call("ask", probes=[])
