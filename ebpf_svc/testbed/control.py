@@ -48,7 +48,7 @@ class Peer:
             try:
                 self._process.stdin.write(json.dumps({"id": number, "do": do, **arguments}) + "\n")
                 self._process.stdin.flush()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # broken pipe, or closed by close()
                 del self._waiting[number]
                 raise PeerError(f"the peer of {self._name} has ended") from error
         return future

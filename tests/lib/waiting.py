@@ -1,5 +1,4 @@
 """Waiting for what must become true: returns at once when it is, shows the last value when not."""
-not."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +97,11 @@ class World:
         (folder / "topology.txt").write_text(self.cluster.describe() + "\n")
         shutil.copytree(self.manifests, folder / "manifests", dirs_exist_ok=True)
         for agent in self.agents:
-            node = agent.node
             if agent.log_path.exists():
-                shutil.copy(agent.log_path, folder / f"{node.name}.log")
-            for name, look in {
-                "show.json": lambda agent=agent: agent.command("show", "--json"),
-                "nft.txt": lambda node=node: node.run(["nft", "list", "ruleset"]),
-                "links.txt": lambda node=node: node.run(["ip", "-d", "-s", "address"]),
-                "filters.txt": lambda node=node: node.run(["bpftool", "net"]),
-                "status.json": lambda agent=agent: json.dumps(dict(agent.status()), indent=2),
-            }.items():
-                try:
-                    text = look()
-                except (CommandError, OSError, ValueError) as error:
-                    text = f"{error}\n"
-                (folder / f"{node.name}-{name}").write_text(text)
-            _dump_maps(node.folders.bpffs, folder / f"{node.name}-maps")
+                shutil.copy(agent.log_path, folder / f"{agent.node.name}.log")
+            for name, text in _state_of(agent):
+                (folder / f"{agent.node.name}-{name}").write_text(text)
+            _dump_maps(agent.node.folders.bpffs, folder / f"{agent.node.name}-maps")
 
     def _path(self, name: str) -> Path:
         return self.manifests / f"{name}.yaml"
@@ -139,9 +130,27 @@ class World:
                 )
 
 
-def _dump_maps(bpffs: Path, folder: Path) -> None:
-    import subprocess
+def _has_passed(agent: Agent, revision: int) -> bool:
+    return int(agent.status()["revision"]) > revision
 
+
+def _state_of(agent: Agent) -> Iterator[tuple[str, str]]:
+    """What a node holds, piece by piece; a piece that cannot be had is its error."""
+    pieces: dict[str, Callable[[], str]] = {
+        "status.json": lambda: json.dumps(dict(agent.status()), indent=2),
+        "show.json": lambda: agent.command("show", "--json"),
+        "nft.txt": lambda: agent.node.run(["nft", "list", "ruleset"]),
+        "links.txt": lambda: agent.node.run(["ip", "-d", "-s", "address"]),
+        "filters.txt": lambda: agent.node.run(["bpftool", "net"]),
+    }
+    for name, look in pieces.items():
+        try:
+            yield name, look()
+        except (CommandError, OSError, ValueError) as error:
+            yield name, f"{error}\n"
+
+
+def _dump_maps(bpffs: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for pin in bpffs.rglob("*"):
         if pin.is_file():
