@@ -13,7 +13,12 @@ from ebpf_svc import __version__
 from ebpf_svc.errors import ConfigError, EbpfSvcError, UnsupportedHost
 
 COMMANDS = {
+    "demo": "ebpf_svc.cli.demo",
+    "check": "ebpf_svc.cli.check",
     "run": "ebpf_svc.cli.run",
+    "show": "ebpf_svc.cli.show",
+    "cleanup": "ebpf_svc.cli.cleanup",
+    "bench": "ebpf_svc.cli.bench",
 }
 """Command -> its module, which holds it as `command`; in the order a newcomer meets them."""
 
@@ -44,6 +49,7 @@ def cli() -> None:
 
     \b
     First steps:
+      ebpf-svc demo                         see it work in a cluster of namespaces
       ebpf-svc check                        can this machine do it?
       ebpf-svc run --manifests examples/    serve the services of a folder
       ebpf-svc show                         what is served, and by whom
@@ -71,8 +77,8 @@ def _explain(error: EbpfSvcError) -> int:
     for line in (*lines, *getattr(error, "__notes__", ())):
         click.echo(f"ebpf-svc: {line}", err=True)
     if isinstance(error, ConfigError):
-        command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
-        click.echo(f"  see: ebpf-svc {command} --help".replace("  --", " --"), err=True)
+        words = [word for word in sys.argv[1:] if word in COMMANDS][:1]
+        click.echo(f"  see: {' '.join(['ebpf-svc', *words, '--help'])}", err=True)
         return USAGE
     if isinstance(error, UnsupportedHost):
         click.echo("  see all that is asked of this machine: ebpf-svc check", err=True)

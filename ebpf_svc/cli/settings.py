@@ -10,7 +10,7 @@ import click
 import yaml
 from pydantic import ValidationError
 
-from ebpf_svc.config import Settings
+from ebpf_svc.config import EbpfSettings, Settings
 from ebpf_svc.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -143,12 +143,9 @@ def _config_error(error: Any, given: Mapping[str, Flag], config: Path | None) ->
     path = ".".join(words)
     flag = next((flag for field, flag in given.items() if path.startswith(field)), None)
     where = flag.name if flag else f"{config}: {path}"
-    got = error["input"]
     if error["type"] == "extra_forbidden":
-        section: Any = Settings.model_fields["ebpf"].default if words[0] == "ebpf" else Settings
-        fields = ", ".join(
-            sorted(section.model_fields if section is Settings else type(section).model_fields)
-        )
-        return ConfigError(where, got=got, expected=f"one of the fields {fields}")
+        model = EbpfSettings if words[0] == "ebpf" else Settings
+        fields = ", ".join(sorted(model.model_fields))
+        return ConfigError(where, got=f"unknown field {words[-1]}", expected=f"one of {fields}")
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return ConfigError(where, got=got, expected=expected)
+    return ConfigError(where, got=error["input"], expected=expected)

@@ -66,3 +66,15 @@ class DirectoryLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def lock_holder(directory: Path) -> int | None:
+    """Pid of the process that holds the lock of a directory; None when nobody visible does."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return _holder(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,72 @@
+# Everything a contributor runs. `make` alone lists it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+python := .venv/bin/python
+pytest := $(python) -m pytest -q --no-header
+# The rings of `make test`, quickest first.
+rings := lint unit golden packet behaviour
+# make behaviour K=nodeport ARGS=-x
+K ?=
+ARGS ?=
+JSON ?=
+choose = $(if $(K),-k '$(K)') $(ARGS)
+
+.PHONY: help bootstrap demo test $(rings) bench-packet bench-apply clean need-root
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@echo
+	@echo "  K=word chooses tests by name, ARGS=... goes to the command, JSON=path keeps a benchmark's samples."
+
+bootstrap: ## install what is missing: Debian packages, .venv (root, when something is missing)
+	@scripts/bootstrap
+
+demo: need-root bootstrap ## the tour: a small cluster on this machine, every kind of service (root)
+	@.venv/bin/ebpf-svc demo $(ARGS)
+
+test: need-root bootstrap ## every ring, with the time each took (root)
+	@failed=; times=; \
+	for ring in $(rings); do \
+		echo "== $$ring"; begun=$$SECONDS; \
+		$(MAKE) --no-print-directory $$ring || failed="$$failed $$ring"; \
+		times="$$times  $$ring $$((SECONDS - begun)) s"; \
+	done; \
+	echo "== times:$$times"; \
+	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi; \
+	echo "== all rings passed"
+
+lint: bootstrap ## style, types, import layers
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/mypy --no-error-summary
+	@.venv/bin/lint-imports --no-cache >/dev/null || .venv/bin/lint-imports --no-cache
+
+unit: bootstrap ## pure parts; no root, seconds
+	@$(pytest) tests/unit $(choose)
+
+golden: bootstrap ## manifests against the expected plan; no root (ARGS=--update rewrites)
+	@$(pytest) tests/golden $(choose)
+
+packet: need-root bootstrap ## one program at a time through the kernel (root)
+	@$(pytest) tests/packet $(choose)
+
+behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
+	@$(pytest) tests/behaviour $(choose)
+
+bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty program (root)
+	@.venv/bin/ebpf-svc bench packet $(if $(JSON),--json '$(JSON)') $(ARGS)
+
+bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, memory (root)
+	@.venv/bin/ebpf-svc bench apply $(if $(JSON),--json '$(JSON)') $(ARGS)
+
+clean: ## remove what builds and tests left in this folder, not .venv
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist test-logs
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+need-root:
+	@if [ "$$(id -u)" != 0 ]; then \
+		echo "make $(firstword $(MAKECMDGOALS)) needs root: it makes network namespaces and loads eBPF. sudo make $(MAKECMDGOALS)" >&2; \
+		exit 1; \
+	fi

@@ -1,0 +1,87 @@
+"""`ebpf-svc cleanup`: no trace of us."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ebpf_svc.cli import FAILURE
+from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
+from ebpf_svc.config import Settings
+from ebpf_svc.dataplane.inspect import ShowsParts
+from ebpf_svc.errors import DataplaneError
+from ebpf_svc.host.lock import DirectoryLock
+from ebpf_svc.modes import MODES, make_dataplane
+from ebpf_svc.status import STATE, STATUS
+
+
+@click.command(name="cleanup")
+@settings_options(*PLACE)
+def command(**options: Any) -> None:
+    """Remove everything of ours from this machine's kernel, also after a crash.
+
+    Stops no agent: stop it first. Services stop being reachable at once. Allocated cluster IPs and
+    node ports in the state directory stay, so that the next run gives the same ones; remove the
+    directory to forget them.
+
+    \b
+    Example:
+      systemctl stop ebpf-svc && ebpf-svc cleanup
+
+    Next: nothing is left; `ebpf-svc run` starts from empty.
+    """
+    settings = settings_from(options)
+    with ExitStack() as locks:
+        for directory in (settings.run_dir, settings.ebpf.bpffs):
+            if directory.is_dir():
+                locks.enter_context(DirectoryLock(directory))
+        removed, failures = _remove(settings)
+    _remove_directory(settings.run_dir)
+    for line in removed:
+        click.echo(f"removed {line}")
+    if not removed and not failures:
+        click.echo("There was nothing to remove.")
+    for line in failures:
+        click.echo(f"ebpf-svc: {line}", err=True)
+    if failures:
+        sys.exit(FAILURE)
+
+
+def _remove(settings: Settings) -> tuple[list[str], list[str]]:
+    """Clean up after every dataplane; one that fails does not hold back the others (Z4)."""
+    removed: list[str] = []
+    failures: list[str] = []
+    for mode in MODES:
+        dataplane = make_dataplane(mode, settings)
+        before = _parts(dataplane)
+        try:
+            dataplane.cleanup()
+        except (DataplaneError, OSError) as exc:
+            failures.append(f"mode {mode}: {exc}")
+        after = set(_parts(dataplane))
+        removed += [line for line in before if line not in after]
+        failures += [f"mode {mode}: {line} is still there" for line in after]
+    for name in (STATUS, STATE):
+        path = settings.run_dir / name
+        if path.exists():
+            path.unlink()
+            removed.append(f"file {path}")
+    return removed, failures
+
+
+def _parts(dataplane: object) -> list[str]:
+    if not isinstance(dataplane, ShowsParts):
+        return []
+    return [f"{part.kind} {part.name} ({part.place})" for part in dataplane.parts()]
+
+
+def _remove_directory(directory: Path) -> None:
+    """Remove a directory unless somebody else keeps something in it."""
+    try:
+        directory.rmdir()
+    except OSError:
+        return
