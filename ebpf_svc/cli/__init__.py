@@ -59,17 +59,18 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 asked wrongly."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        cli.main(args=None if argv is None else list(argv), prog_name="ebpf-svc")
+        cli.main(args=list(words), prog_name="ebpf-svc")
     except EbpfSvcError as exc:
-        sys.exit(_explain(exc))
+        sys.exit(_explain(exc, words))
     except PermissionError as exc:
         click.echo(f"ebpf-svc: {exc}", err=True)
         click.echo("  run it as root: sudo ebpf-svc …", err=True)
         sys.exit(FAILURE)
 
 
-def _explain(error: EbpfSvcError) -> int:
+def _explain(error: EbpfSvcError, argv: Sequence[str]) -> int:
     """Print an error and what to do about it; return the exit code."""
     lines: list[Any] = [str(error)]
     if isinstance(error, UnsupportedHost):
@@ -77,7 +78,7 @@ def _explain(error: EbpfSvcError) -> int:
     for line in (*lines, *getattr(error, "__notes__", ())):
         click.echo(f"ebpf-svc: {line}", err=True)
     if isinstance(error, ConfigError):
-        words = [word for word in sys.argv[1:] if word in COMMANDS][:1]
+        words = [word for word in argv if word in COMMANDS][:1]
         click.echo(f"  see: {' '.join(['ebpf-svc', *words, '--help'])}", err=True)
         return USAGE
     if isinstance(error, UnsupportedHost):
