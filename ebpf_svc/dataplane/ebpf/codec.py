@@ -1,0 +1,118 @@
+"""Bytes of the keys and values of one family's maps, by the layouts the compiler reported.
+
+The names of the fields stand here; a C type that differs from them raises LayoutMismatch when the
+codec is made, before anything is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import struct
+from functools import partial
+
+from ebpf_svc.dataplane.ebpf.entries import FrontendValue
+from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
+from ebpf_svc.dataplane.ebpf.tables import FamilyTables
+from ebpf_svc.model.desired import Backend, FrontendKey
+from ebpf_svc.model.net import Family, Protocol
+
+_AT = ("addr", "port", "proto")
+_BACKEND = ("at_addr", "at_port", "at_proto", "service", "next", "flags")
+_RANGE = ("prefix_bits", "ranges", "addr")
+_SET_BITS = 32
+"""A range key's prefix length counts the word that names the set."""
+
+
+class Codec:
+    """Packs and unpacks for one family."""
+
+    def __init__(self, family: Family, tables: FamilyTables) -> None:
+        """Bind to the layouts; raises LayoutMismatch."""
+        self._af = socket.AF_INET if family is Family.V4 else socket.AF_INET6
+        self.pton = partial(socket.inet_pton, self._af)
+        at, backend = tables.frontends.key, tables.backends.value
+        self._at, self._at_layout = at.packer(*_AT), at
+        tables.backend_index.key.require(*_AT)
+        self.pack_backend = backend.packer(*_BACKEND)
+        """Packs address (bytes), port (wire), protocol, service, next backend, flags."""
+        self._backend_layout = backend
+        self._frontend = tables.frontends.value.packer(*FrontendValue._fields)
+        self._frontend_layout = tables.frontends.value
+        self._range, self._range_layout = (
+            tables.source_ranges.key.packer(*_RANGE),
+            tables.source_ranges.key,
+        )
+        self._word = tables.backend_index.value.packer("value")
+        self.at_size = at.size
+        self.next_offset = offset_of(backend, "next")
+        self.flags_offset = offset_of(backend, "flags")
+
+    def at(self, address: str, port: int, protocol: int) -> bytes:
+        """An `l4_addr`: the key of a frontend, and of a backend in the index."""
+        return self._at(self.pton(address), wire_port(port), protocol)
+
+    def ats(self, backends: tuple[Backend, ...], protocol: int) -> list[bytes]:
+        """`at` of each endpoint of a service port."""
+        pack, pton = self._at, self.pton
+        return [pack(pton(each.address), wire_port(each.port), protocol) for each in backends]
+
+    def key(self, frontend: FrontendKey) -> bytes:
+        return self.at(frontend.address, frontend.port, frontend.protocol.number)
+
+    def protocol(self, at: bytes) -> int:
+        """The protocol number in an `l4_addr`."""
+        return int(self._at_layout.unpack_raw(at)[2])
+
+    def frontend_key(self, at: bytes | memoryview) -> FrontendKey:
+        """Read an `l4_addr`; raises KeyError for a protocol that is none of the model's."""
+        addr, port, protocol = self._at_layout.unpack_raw(at)
+        return FrontendKey(
+            socket.inet_ntop(self._af, addr), wire_port(port), Protocol.from_number(protocol)
+        )
+
+    def frontend(self, value: FrontendValue) -> bytes:
+        return self._frontend(*value)
+
+    def frontend_value(self, data: bytes) -> FrontendValue:
+        return FrontendValue._make(self._frontend_layout.unpack_raw(data))
+
+    def endpoint(self, data: bytes | memoryview, offset: int = 0) -> tuple[str, int]:
+        """Address and port of a `backend_value` or an `l4_addr`."""
+        addr, port, _ = self._at_layout.unpack_raw(data, offset)
+        return socket.inet_ntop(self._af, addr), wire_port(port)
+
+    def backend_words(self, data: bytes | memoryview, offset: int = 0) -> tuple[int, int, int]:
+        """Service, next backend and flags of a `backend_value`."""
+        _, _, _, service, next_id, flags = self._backend_layout.unpack_raw(data, offset)
+        return service, next_id, flags
+
+    def range_key(self, set_id: int, prefix: str) -> bytes:
+        """A key of the source range trie; `prefix` as `ADDRESS/LENGTH`."""
+        address, _, length = prefix.partition("/")
+        return self._range(_SET_BITS + int(length), set_id, self.pton(address))
+
+    def prefix(self, key: bytes) -> tuple[int, str]:
+        """Set and prefix of a key of the source range trie."""
+        bits, set_id, addr = self._range_layout.unpack_raw(key)
+        return set_id, f"{ipaddress.ip_address(addr)}/{bits - _SET_BITS}"
+
+    def word(self, number: int) -> bytes:
+        """A map value that is one number."""
+        return self._word(number)
+
+
+def number(data: bytes) -> int:
+    """Read a map value that is one number."""
+    return int(struct.unpack("=I", data)[0])
+
+
+def offset_of(layout: Layout, field: str) -> int:
+    """Where a number lies in its struct, in bytes from the start."""
+    zero = layout.unpack(bytes(layout.size))
+    blank = {name: getattr(zero, name) for name in layout.fields}
+    for ones in (0x0101010101010101, 0x01010101, 0x0101):  # each byte of a narrower field is 1
+        with contextlib.suppress(struct.error):
+            return layout.pack(**blank | {field: ones}).index(1)
+    return layout.pack(**blank | {field: 1}).index(1)

@@ -1,0 +1,162 @@
+"""Keep the maps as a DesiredState wants them; nothing here knows of programs or devices.
+
+Not thread-safe: the dataplane holds a lock around every call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import is_, is_not
+
+from ebpf_svc.config import EbpfSettings
+from ebpf_svc.dataplane.base import ApplyReport
+from ebpf_svc.dataplane.ebpf import readback
+from ebpf_svc.dataplane.ebpf.codec import Codec
+from ebpf_svc.dataplane.ebpf.entries import MaglevOptions
+from ebpf_svc.dataplane.ebpf.ids import RangePool
+from ebpf_svc.dataplane.ebpf.maglev import TableCache
+from ebpf_svc.dataplane.ebpf.render import Renderer
+from ebpf_svc.dataplane.ebpf.state import GRACE_S, FamilyState
+from ebpf_svc.dataplane.ebpf.tables import Tables
+from ebpf_svc.dataplane.ebpf.write import Writer
+from ebpf_svc.errors import ApplyError, DataplaneError
+from ebpf_svc.model.desired import (
+    DesiredState,
+    FrontendKey,
+    FrontendView,
+    PlanKey,
+    ServicePlan,
+)
+from ebpf_svc.model.net import Family
+
+_CHUNK = 1024
+"""Plans written together: few enough that what is rendered and not yet written stays small."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FamilyParts:
+    state: FamilyState
+    renderer: Renderer
+    writer: Writer
+
+
+class Forwarding:
+    """The maps of every family, and what they hold."""
+
+    def __init__(self, tables: Tables, settings: EbpfSettings) -> None:
+        """Bind to open maps; raises LayoutMismatch when they are not what Python packs."""
+        self._tables = tables
+        self._slots = RangePool("slots", tables.slots.max_entries, grace_s=GRACE_S)
+        options = MaglevOptions(
+            settings.maglev_slots_per_backend, settings.maglev_seed, TableCache()
+        )
+        self._families: dict[Family, _FamilyParts] = {}
+        for family, of_family in tables.family.items():
+            state = FamilyState(
+                family, codec=Codec(family, of_family), tables=of_family, slots=self._slots
+            )
+            renderer = Renderer(state, tables.slots, use_maglev=settings.maglev, options=options)
+            self._families[family] = _FamilyParts(state, renderer, Writer(state, tables.slots))
+        self._plans: Mapping[PlanKey, ServicePlan] = {}
+        self._incomplete: set[PlanKey] = set()
+
+    @property
+    def states(self) -> Mapping[Family, FamilyState]:
+        """The actual state of each family."""
+        return {family: parts.state for family, parts in self._families.items()}
+
+    def adopt(self) -> None:
+        """Take over what the pinned maps hold; call it once, before the first apply."""
+        for parts in self._families.values():
+            parts.state.adopt()
+
+    def apply(self, desired: DesiredState) -> ApplyReport:
+        """Write what differs from the state applied last."""
+        before = self._tables.writes_by_table()
+        self._recycle()
+        changed, failed = 0, []
+        for family, plans in self._changed(desired.plans).items():
+            done, errors = self._put(self._families[family], plans)
+            changed += done
+            failed += errors
+        self._plans = desired.plans
+        for parts in self._families.values():
+            for service, orphan in parts.state.orphans.items():
+                if not orphan.is_wound_up:
+                    parts.writer.wind_up(service, orphan)
+                    changed += 1
+        details = {
+            name: writes - before.get(name, 0)
+            for name, writes in self._tables.writes_by_table().items()
+            if writes != before.get(name, 0)
+        }
+        return ApplyReport(
+            writes=sum(details.values()), changed=changed, failed=tuple(failed), details=details
+        )
+
+    def _put(
+        self, parts: _FamilyParts, plans: Sequence[ServicePlan]
+    ) -> tuple[int, list[ApplyError]]:
+        """Write plans of one family; how many changed anything, and those that failed."""
+        changed, failed, dropping = 0, [], []
+        for start in range(0, len(plans), _CHUNK):
+            changes = []
+            for plan in plans[start : start + _CHUNK]:
+                try:
+                    changes.append(parts.renderer.render(plan))
+                except DataplaneError as error:
+                    failed.append(_apply_error(plan, error))
+            parts.writer.put(changes)
+            parts.renderer.written()
+            changed += sum(change.writes_anything for change in changes)
+            failed += [_apply_error(each.plan, each.error) for each in changes if each.error]
+            dropping += [change for change in changes if change.drops_anything]
+            self._incomplete.difference_update(change.plan.key for change in changes)
+        self._incomplete.update(key for key, _ in failed)
+        parts.writer.drop(dropping)
+        return changed, [error for _, error in failed]
+
+    def read(self) -> dict[FrontendKey, FrontendView]:
+        """What the kernel holds, from the kernel alone."""
+        views: dict[FrontendKey, FrontendView] = {}
+        for parts in self._families.values():
+            views |= readback.read_family(parts.state.codec, parts.state.tables)
+        return views
+
+    def _recycle(self) -> None:
+        now_s = time.monotonic()
+        self._slots.recycle(now_s)
+        for parts in self._families.values():
+            parts.state.recycle(now_s)
+
+    def _changed(self, plans: Mapping[PlanKey, ServicePlan]) -> dict[Family, list[ServicePlan]]:
+        """The plans that are not, by identity, what is applied; abandons those that are gone."""
+        old, found = self._plans, {key: plans[key] for key in self._incomplete & plans.keys()}
+        if plans is not old:
+            if len(plans) == len(old) and all(map(is_, plans, old)):
+                # The same keys in the same order, as a rule: no key is hashed.
+                differs = map(is_not, plans.values(), old.values())
+                found |= {plan.key: plan for plan in compress(plans.values(), differs)}
+            else:
+                found |= {key: plan for key, plan in plans.items() if old.get(key) is not plan}
+                for key in [key for key in old if key not in plans]:
+                    self._abandon(key)
+        by_family: dict[Family, list[ServicePlan]] = {}
+        for plan in found.values():
+            by_family.setdefault(plan.key.family, []).append(plan)
+        return by_family
+
+    def _abandon(self, key: PlanKey) -> None:
+        self._incomplete.discard(key)
+        state = self._families[key.family].state
+        if key in state.records:  # it may never have been written
+            state.abandon(key)
+
+
+def _apply_error(plan: ServicePlan, cause: Exception) -> tuple[PlanKey, ApplyError]:
+    error = ApplyError(str(plan.key), str(cause))
+    error.__cause__ = cause
+    return plan.key, error

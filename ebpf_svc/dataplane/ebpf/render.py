@@ -1,0 +1,286 @@
+"""Work out what one plan changes in the kernel: ids and slots taken, entries to write and to drop.
+
+Reads the kernel's arrays, which are mapped, and the index where a backend may share its address
+with another; writes nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebpf_svc.dataplane.ebpf import entries
+from ebpf_svc.dataplane.ebpf.codec import number
+from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
+from ebpf_svc.dataplane.ebpf.entries import MaglevOptions, SlotRange
+from ebpf_svc.dataplane.ebpf.layout import wire_port
+from ebpf_svc.dataplane.ebpf.state import FamilyState, HeldList, Record
+from ebpf_svc.dataplane.ebpf.table import ArrayTable
+from ebpf_svc.errors import DataplaneError
+from ebpf_svc.model.desired import ServicePlan
+
+
+@dataclass(slots=True)
+class Change:
+    """What a plan changes; the writer carries it out, first `puts` then `drops`."""
+
+    plan: ServicePlan
+    record: Record
+    """As it will be."""
+    backend_puts: list[tuple[int, bytes]] = field(default_factory=list)
+    flag_puts: list[tuple[int, int]] = field(default_factory=list)
+    revived: list[int] = field(default_factory=list)
+    """Tombstones that serve again; a client that was with them stays."""
+    links: list[tuple[bytes, bytes]] = field(default_factory=list)
+    slot_puts: list[tuple[int, bytes]] = field(default_factory=list)
+    range_puts: list[tuple[int, list[bytes]]] = field(default_factory=list)
+    """New sets of source ranges and their keys."""
+    frontend_puts: list[tuple[bytes, bytes]] = field(default_factory=list)
+    frontend_drops: list[bytes] = field(default_factory=list)
+    backend_drops: list[int] = field(default_factory=list)
+    list_drops: list[SlotRange] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def drops_anything(self) -> bool:
+        return bool(
+            self.frontend_drops or self.backend_drops or self.list_drops or self.record.retired
+        )
+
+    @property
+    def writes_anything(self) -> bool:
+        # New lists and source ranges show in the frontends that point at them.
+        return bool(
+            self.frontend_puts or self.backend_puts or self.flag_puts or self.drops_anything
+        )
+
+
+class Renderer:
+    """Renders plans of one family, many before the writer writes them together."""
+
+    def __init__(
+        self, state: FamilyState, slots: ArrayTable, *, use_maglev: bool, options: MaglevOptions
+    ) -> None:
+        self._state, self._codec, self._tables = state, state.codec, state.tables
+        self._slots, self._use_maglev, self._options = slots, use_maglev, options
+        self._heads: dict[bytes, tuple[int, int]] = {}
+        """Backends rendered and not yet in the index, with the length of the chain they head."""
+
+    def written(self) -> None:
+        """What was rendered so far is in the kernel."""
+        self._heads.clear()
+
+    def render(self, plan: ServicePlan) -> Change:
+        """Work out one plan.
+
+        Raises:
+            DataplaneError: no id or no room is left, or an endpoint has too many service ports;
+                nothing is taken then.
+        """
+        state = self._state
+        keys = [self._codec.key(frontend.key) for frontend in plan.frontends]
+        record, orphan = state.records.get(plan.key), None
+        taken = _Taken(state)
+        if record is not None:
+            old_keys = keys if self._same_frontends(record, plan) else state.frontends_of(record)
+        elif claim := state.claim(keys):
+            service, orphan = claim
+            record = Record(
+                service,
+                None,
+                orphan.backend_ids,
+                orphan.lists,
+                orphan.retired,
+                orphan.is_complete,
+            )
+            old_keys = orphan.frontends
+        else:
+            old_keys = []
+            record = Record(taken.service(), None, array("I"))  # nothing is taken if this raises
+        try:
+            change = Change(plan, Record(record.service, plan, array("I"), retired=record.retired))
+            self._render_backends(change, record, taken)
+            self._render_lists(change, record, taken)
+            self._render_frontends(change, keys, taken)
+        except (DataplaneError, ValueError) as error:
+            taken.give_back()
+            if orphan is not None:
+                state.orphans[record.service] = orphan
+            raise DataplaneError(str(error)) from error
+        if old_keys is not keys:
+            still = set(keys)
+            change.frontend_drops = [key for key in old_keys if key not in still]
+        return change
+
+    def _same_frontends(self, record: Record, plan: ServicePlan) -> bool:
+        return record.plan is not None and record.plan.frontends == plan.frontends
+
+    def _render_backends(self, change: Change, record: Record, taken: _Taken) -> None:
+        plan, service = change.plan, record.service
+        protocol = plan.key.port_name.protocol.number
+        pton, pack = self._codec.pton, self._codec.pack_backend
+        heads, ids, word = self._heads, change.record.backend_ids, self._codec.word
+        held = self._held(record, protocol)
+        dead = {self._state.at_of(each): each for each in self._state.dead.get(service, ())}
+        fresh: list[tuple[bytes, int, int]] = []
+        ats = self._codec.ats(plan.backends, protocol)
+        for backend, at in zip(plan.backends, ats, strict=True):
+            flags = entries.backend_flags(backend)
+            known = held.pop(at, NO_BACKEND)
+            linked = bool(known) and record.is_complete
+            if not known and at in dead:
+                known = dead[at]
+                change.revived.append(known)
+            if known:
+                ids.append(known)
+                if self._flags_of(known) != flags:
+                    change.flag_puts.append((known, flags))
+                if linked or known in self._chain(at):
+                    continue
+            else:
+                known = taken.backend()
+                ids.append(known)
+            following, length = self._head(at)
+            fresh.append((at, known, length + 1))
+            value = pack(
+                pton(backend.address), wire_port(backend.port), protocol, service, following, flags
+            )
+            change.backend_puts.append((known, value))
+        for at, known, length in fresh:
+            heads[at] = (known, length)
+            change.links.append((at, word(known)))
+        change.backend_drops.extend(held.values())
+
+    def _held(self, record: Record, protocol: int) -> dict[bytes, int]:
+        """The backends a record has, by where they answer."""
+        if record.plan is None:
+            return {self._state.at_of(each): each for each in record.backend_ids}
+        ats = self._codec.ats(record.plan.backends, protocol)
+        return dict(zip(ats, record.backend_ids, strict=True))
+
+    def _flags_of(self, backend: int) -> int:
+        table = self._tables.backends
+        return self._codec.backend_words(table.view(), backend * table.stride)[2]
+
+    def _head(self, at: bytes) -> tuple[int, int]:
+        """The first backend with this `at` so far and the length of its chain.
+
+        Raises:
+            DataplaneError: the egress program would not walk a longer one to its end.
+        """
+        pending = self._heads.get(at)
+        if pending is None:
+            if not self._state.may_be_linked(at):
+                self._state.note_linked(at)
+                return NO_BACKEND, 0
+            chain = self._chain(at)
+            pending = (chain[0], len(chain)) if chain else (NO_BACKEND, 0)
+        if pending[1] >= BACKEND_CHAIN_MAX:
+            address, port = self._codec.endpoint(at)
+            raise DataplaneError(
+                f"{BACKEND_CHAIN_MAX} service ports have endpoint {address} port {port} already"
+            )
+        return pending
+
+    def _chain(self, at: bytes) -> list[int]:
+        """The backends with this `at` that are in the kernel, in the order programs walk them."""
+        head = self._tables.backend_index.lookup(at)
+        chain: list[int] = []
+        following = number(head) if head else NO_BACKEND
+        table = self._tables.backends
+        while following != NO_BACKEND and len(chain) <= BACKEND_CHAIN_MAX:
+            chain.append(following)
+            following = self._codec.backend_words(table.view(), following * table.stride)[1]
+        return chain
+
+    def _render_lists(self, change: Change, record: Record, taken: _Taken) -> None:
+        plan, ids = change.plan, change.record.backend_ids
+        held = {each.name: each for each in record.lists}
+        lists: list[HeldList] = []
+        for name, members in entries.needed_lists(plan, use_maglev=self._use_maglev).items():
+            content = entries.slots_of(
+                name, members, backends=plan.backends, ids=ids, options=self._options
+            )
+            data = content.tobytes()
+            old = held.pop(name, None)
+            if (
+                old is not None
+                and old.length == len(content)
+                and self._slots.read(old.first, old.length) == data
+            ):
+                lists.append(old._replace(digest=hash(data)))
+                continue
+            first = taken.slots(len(content))
+            change.slot_puts.append((first, data))
+            lists.append(HeldList(name, first, len(content), hash(data)))
+            if old is not None:
+                change.list_drops.append(old.slots)
+        change.list_drops.extend(each.slots for each in held.values())
+        change.record.lists = tuple(lists)
+
+    def _render_frontends(self, change: Change, keys: Sequence[bytes], taken: _Taken) -> None:
+        plan, service = change.plan, change.record.service
+        lists = {each.name: each.slots for each in change.record.lists}
+        for frontend, key in zip(plan.frontends, keys, strict=True):
+            ranges = 0
+            if frontend.source_ranges is not None:
+                ranges, is_new = taken.range_set(frontend.source_ranges)
+                if is_new:
+                    pack = self._codec.range_key
+                    change.range_puts.append(
+                        (ranges, [pack(ranges, prefix) for prefix in frontend.source_ranges])
+                    )
+            value = self._codec.frontend(
+                entries.frontend_value(
+                    plan,
+                    frontend,
+                    service=service,
+                    lists=lists,
+                    ranges=ranges,
+                    use_maglev=self._use_maglev,
+                )
+            )
+            if self._state.frontends.get(key) != value:
+                change.frontend_puts.append((key, value))
+
+
+class _Taken:
+    """What rendering one plan took, to be given back when it cannot be finished."""
+
+    def __init__(self, state: FamilyState) -> None:
+        self._state = state
+        self._service = 0
+        self._backends: list[int] = []
+        self._slots: list[SlotRange] = []
+        self._range_sets: list[int] = []
+
+    def service(self) -> int:
+        self._service = self._state.services.take()
+        return self._service
+
+    def backend(self) -> int:
+        backend = self._state.backends.take()
+        self._backends.append(backend)
+        return backend
+
+    def slots(self, length: int) -> int:
+        first = self._state.slots.take(length)
+        self._slots.append(SlotRange(first, length))
+        return first
+
+    def range_set(self, prefixes: tuple[str, ...]) -> tuple[int, bool]:
+        set_id, is_new = self._state.range_sets.find_or_take(prefixes)
+        if is_new:
+            self._range_sets.append(set_id)
+        return set_id, is_new
+
+    def give_back(self) -> None:
+        if self._service:
+            self._state.services.release(self._service)
+        for backend in self._backends:
+            self._state.backends.release(backend)
+        for slots in self._slots:
+            self._state.slots.release(*slots)
+        for set_id in self._range_sets:
+            self._state.range_sets.forget(set_id)

@@ -1,0 +1,332 @@
+"""What the agent knows it has put into the kernel: the actual state, by family.
+
+Owns ids and slots. Writes nothing: the writer tells it what it wrote. Small, because it is there
+for as long as the agent runs: an endpoint costs its 4-byte id, and its address stands only in the
+plan.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ebpf_svc.dataplane.ebpf.codec import Codec, number
+from ebpf_svc.dataplane.ebpf.constants import NO_BACKEND
+from ebpf_svc.dataplane.ebpf.entries import (
+    FrontendValue,
+    ListName,
+    SlotRange,
+    is_draining,
+    lists_of_value,
+)
+from ebpf_svc.dataplane.ebpf.ids import IdPool, RangePool
+from ebpf_svc.dataplane.ebpf.tables import FamilyTables
+from ebpf_svc.errors import DataplaneError
+from ebpf_svc.model.desired import PlanKey, ServicePlan
+from ebpf_svc.model.net import Family
+
+_KNOWN_BYTES = 1 << 18
+_KNOWN_MASK = _KNOWN_BYTES - 1
+GRACE_S = 2.0
+"""How long what was given back rests. A program runs for microseconds; a packet that waits in a
+queue with a backend's number in no register is not affected."""
+
+
+class HeldList(NamedTuple):
+    """A slot list in the kernel."""
+
+    name: ListName
+    first: int
+    length: int
+    digest: int
+    """Hash of the content, so that a look at the kernel builds no table; 0 = not known."""
+
+    @property
+    def slots(self) -> SlotRange:
+        return SlotRange(self.first, self.length)
+
+
+@dataclass(slots=True)
+class Record:
+    """One service port as the kernel holds it."""
+
+    service: int
+    plan: ServicePlan | None
+    """What was applied; None when an earlier plan, or an earlier run, left this behind."""
+    backend_ids: array[int]
+    """In the order of `plan.backends`."""
+    lists: tuple[HeldList, ...] = ()
+    retired: tuple[SlotRange, ...] = ()
+    """Replaced lists that a frontend may still point at, because a write failed."""
+    is_complete: bool = True
+    """False: something could not be written; the next apply looks at everything again."""
+
+
+@dataclass(slots=True)
+class Orphan:
+    """A service id without a plan: to be claimed by one that has its frontends, else wound up."""
+
+    backend_ids: array[int] = field(default_factory=lambda: array("I"))
+    """Those that still serve."""
+    frontends: list[bytes] = field(default_factory=list)
+    lists: tuple[HeldList, ...] = ()
+    retired: tuple[SlotRange, ...] = ()
+    is_complete: bool = True
+    """False: some of its backends may be missing in the index."""
+    is_wound_up: bool = False
+    """Only tombstones and draining frontends are left, for the sweeper."""
+
+
+class FamilyState:
+    """Everything of one family."""
+
+    def __init__(
+        self, family: Family, *, codec: Codec, tables: FamilyTables, slots: RangePool
+    ) -> None:
+        """Start empty.
+
+        Args:
+            slots: shared by both families, as the map is.
+        """
+        self.family, self.codec, self.tables, self.slots = family, codec, tables, slots
+        name = family.label
+        entries = tables.frontends.max_entries + tables.backends.max_entries
+        self.services = IdPool(f"{name} services", entries, grace_s=GRACE_S)
+        self.backends = IdPool(f"{name} backends", tables.backends.max_entries - 1, grace_s=GRACE_S)
+        self.range_sets = RangeSets(f"{name} source ranges", tables.source_ranges.max_entries)
+        self.records: dict[PlanKey, Record] = {}
+        self.orphans: dict[int, Orphan] = {}
+        self.frontends: dict[bytes, bytes] = {}
+        """Key and value of every entry in the kernel, draining ones included."""
+        self.draining: set[bytes] = set()
+        self.dead: dict[int, list[int]] = {}
+        """Tombstones: service -> backend ids."""
+        self.damage: list[str] = []
+        """What `adopt` could not make sense of; a look at the kernel must mend it."""
+        self._known: bytearray = bytearray(_KNOWN_BYTES)
+
+    def recycle(self, now_s: float) -> None:
+        """Free what has rested, by a monotonic clock."""
+        self.services.recycle(now_s)
+        self.backends.recycle(now_s)
+        self.range_sets.recycle(now_s)
+
+    def service_of(self, value: bytes) -> int:
+        """The service a frontend's value names."""
+        return self.codec.frontend_value(value).service
+
+    def may_be_linked(self, at: bytes) -> bool:
+        """Whether a backend may have this `at`: a wrong yes costs a look-up, no is never wrong."""
+        spot = hash(at)
+        return bool(self._known[spot >> 3 & _KNOWN_MASK] & 1 << (spot & 7))
+
+    def note_linked(self, at: bytes) -> None:
+        """Remember that the index has, or will have, this key."""
+        spot = hash(at)
+        self._known[spot >> 3 & _KNOWN_MASK] |= 1 << (spot & 7)
+
+    def put_frontend(self, key: bytes, value: bytes) -> None:
+        """Note an entry that was written."""
+        parsed = self.codec.frontend_value(value)
+        self._forget(key)
+        self.frontends[key] = value
+        if parsed.ranges:
+            self.range_sets.use(parsed.ranges)
+        if is_draining(parsed.flags):
+            self.draining.add(key)
+        else:
+            self.draining.discard(key)
+
+    def remove_frontend(self, key: bytes) -> None:
+        """Note an entry that was deleted."""
+        self._forget(key)
+        self.frontends.pop(key, None)
+        self.draining.discard(key)
+
+    def _forget(self, key: bytes) -> None:
+        old = self.frontends.get(key)
+        if old is not None:
+            ranges = self.codec.frontend_value(old).ranges
+            if ranges:
+                self.range_sets.leave(ranges)
+
+    def claim(self, keys: Iterable[bytes]) -> tuple[int, Orphan] | None:
+        """Take over the service id some of these frontends already have, if nobody else has it.
+
+        So ids, and with them flows, survive a restart of the agent, and a service that comes back.
+        """
+        if not self.orphans:
+            return None
+        for key in keys:
+            value = self.frontends.get(key)
+            if value is None:
+                continue
+            service = self.service_of(value)
+            orphan = self.orphans.pop(service, None)
+            if orphan is not None:
+                return service, orphan
+        return None
+
+    def abandon(self, key: PlanKey) -> None:
+        """Turn the record of a plan that is gone into an orphan."""
+        record = self.records.pop(key)
+        self.orphans[record.service] = Orphan(
+            record.backend_ids,
+            self.frontends_of(record),
+            record.lists,
+            record.retired,
+            record.is_complete,
+        )
+
+    def frontends_of(self, record: Record) -> list[bytes]:
+        """The keys a record's plan wrote or tried to write."""
+        if record.plan is None:
+            return []
+        return [self.codec.key(frontend.key) for frontend in record.plan.frontends]
+
+    def at_of(self, backend: int) -> bytes:
+        """The `at` of a backend in the kernel."""
+        start = backend * self.tables.backends.stride
+        return bytes(self.tables.backends.view()[start : start + self.codec.at_size])
+
+    def adopt(self) -> None:
+        """Rebuild from the pinned maps what an earlier run left: every service is an orphan."""
+        for key, value in self.tables.frontends.items():
+            parsed = self.codec.frontend_value(value)
+            orphan = self._orphan(parsed.service)
+            if orphan is None:
+                continue
+            orphan.frontends.append(key)
+            self.put_frontend(key, value)
+            self._adopt_lists(orphan, parsed)
+        self._adopt_backends()
+        by_set: dict[int, list[str]] = {set_id: [] for set_id in self.range_sets.users}
+        for key, _ in self.tables.source_ranges.items():
+            set_id, prefix = self.codec.prefix(key)
+            by_set.setdefault(set_id, []).append(prefix)
+        for set_id, prefixes in by_set.items():
+            try:
+                self.range_sets.adopt(set_id, tuple(sorted(prefixes)))
+            except DataplaneError as error:
+                self.damage.append(str(error))
+
+    def _orphan(self, service: int) -> Orphan | None:
+        orphan = self.orphans.get(service)
+        if orphan is None:
+            try:
+                self.services.adopt(service)
+            except DataplaneError as error:
+                self.damage.append(str(error))
+                return None
+            orphan = self.orphans[service] = Orphan()
+        return orphan
+
+    def _adopt_lists(self, orphan: Orphan, value: FrontendValue) -> None:
+        for name, slots in lists_of_value(value).items():
+            if any(other.slots == slots for other in orphan.lists) or slots in orphan.retired:
+                continue
+            try:
+                self.slots.adopt(*slots)
+            except DataplaneError as error:
+                self.damage.append(str(error))
+                continue
+            if any(other.name == name for other in orphan.lists):
+                # A crash between two frontends of one service: which list is the newer one, nobody
+                # knows; both stay until every frontend points elsewhere.
+                orphan.retired += (slots,)
+            else:
+                orphan.lists += (HeldList(name, *slots, 0),)
+
+    def _adopt_backends(self) -> None:
+        view, stride = self.tables.backends.view(), self.tables.backends.stride
+        words = self.codec.backend_words
+        for at, head in self.tables.backend_index.items():
+            self.note_linked(at)
+            backend = number(head)
+            while backend != NO_BACKEND:
+                start = backend * stride
+                try:
+                    self.backends.adopt(backend)
+                except DataplaneError as error:  # beyond the array, or a chain that bites its tail
+                    self.damage.append(str(error))
+                    break
+                service, following, flags = words(view, start)
+                orphan = self._orphan(service)
+                if orphan is None or view[start : start + len(at)] != at:
+                    self.damage.append(f"backend {backend} is not where the index says")
+                    self.backends.release(backend)
+                    break
+                if flags:
+                    orphan.backend_ids.append(backend)
+                else:
+                    self.dead.setdefault(service, []).append(backend)
+                backend = following
+
+
+class RangeSets:
+    """Sets of source ranges: a set never changes, frontends are pointed at another one."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._ids = IdPool(name, limit, grace_s=GRACE_S)
+        self._by_content: dict[tuple[str, ...], int] = {}
+        self.content: dict[int, tuple[str, ...]] = {}
+        self.users: Counter[int] = Counter()
+        """How many frontends in the kernel name a set."""
+        self.idle: dict[int, float | None] = {}
+        """Sets no frontend names, and since when; None = since lately."""
+
+    def find_or_take(self, prefixes: tuple[str, ...]) -> tuple[int, bool]:
+        """The id of that set, and whether it is new and must be written."""
+        set_id = self._by_content.get(prefixes)
+        if set_id is not None:
+            return set_id, False
+        set_id = self._ids.take()
+        self._by_content[prefixes] = set_id
+        self.content[set_id] = prefixes
+        self.idle[set_id] = None
+        return set_id, True
+
+    def adopt(self, set_id: int, prefixes: tuple[str, ...]) -> None:
+        """Take over a set an earlier run wrote; of two with the same content one goes unused."""
+        self._ids.adopt(set_id)
+        self._by_content.setdefault(prefixes, set_id)
+        self.content[set_id] = prefixes
+        if not self.users[set_id]:
+            self.idle[set_id] = None
+
+    def use(self, set_id: int) -> None:
+        """One more frontend names the set."""
+        self.users[set_id] += 1
+        self.idle.pop(set_id, None)
+
+    def leave(self, set_id: int) -> None:
+        """One frontend less names the set."""
+        self.users[set_id] -= 1
+        if not self.users[set_id]:
+            self.idle[set_id] = None
+
+    def forget(self, set_id: int) -> None:
+        """The set is no longer in the kernel."""
+        prefixes = self.content.pop(set_id)
+        if self._by_content.get(prefixes) == set_id:
+            del self._by_content[prefixes]
+        self.idle.pop(set_id, None)
+        self.users.pop(set_id, None)
+        self._ids.release(set_id)
+
+    def unused(self, now_s: float) -> list[int]:
+        """Sets that nobody has named for the grace period; starts the clock for the others."""
+        ripe = []
+        for set_id, since_s in self.idle.items():
+            if since_s is None:
+                self.idle[set_id] = now_s
+            elif now_s - since_s >= GRACE_S:
+                ripe.append(set_id)
+        return ripe
+
+    def recycle(self, now_s: float) -> None:
+        """Free ids that have rested."""
+        self._ids.recycle(now_s)
