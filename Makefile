@@ -13,7 +13,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) bench-packet bench-apply clean need-root
+.PHONY: help bootstrap demo test $(rings) behaviours bench-packet bench-apply clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -54,6 +54,9 @@ packet: need-root bootstrap ## one program at a time through the kernel (root)
 
 behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
 	@$(pytest) tests/behaviour $(choose)
+
+behaviours: need-root bootstrap ## docs/behaviours.md from a run of the behaviour ring (root)
+	@$(pytest) tests/behaviour --matrix docs/behaviours.md
 
 bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty program (root)
 	@.venv/bin/ebpf-svc bench packet $(if $(JSON),--json '$(JSON)') $(ARGS)
