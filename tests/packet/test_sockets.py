@@ -14,10 +14,7 @@ import pytest
 from ebpf_svc.host.sockets import Peer, destroy_below, in_namespace, network_namespaces
 from ebpf_svc.model.net import Family, Protocol
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes namespaces and cgroups"),
-]
+pytestmark = pytest.mark.root
 
 CLIENT = """
 import json, socket, subprocess, sys
