@@ -94,6 +94,11 @@ class Agent:
         """Ask the agent to end and wait for it; does nothing when it does not run."""
         self._end(signal.SIGTERM)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the running agent."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def restart(self) -> float:
         """Kill the agent and start it again; returns seconds until ready."""
         self.kill()

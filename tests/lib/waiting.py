@@ -27,3 +27,8 @@ def eventually(
         if time.monotonic() > deadline:
             raise AssertionError(f"after {within_s} s still: {value!r}")
         time.sleep(POLL_S)
+
+
+def wait_out(seconds: float) -> None:
+    """Let time pass that is itself what is tested, such as a timeout; no way to wait for results."""
+    time.sleep(seconds)

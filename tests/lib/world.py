@@ -19,7 +19,7 @@ from typing import Any
 from ebpf_svc.errors import CommandError
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
-from ebpf_svc.testbed.host import Host, Pod
+from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traffic import serve
 from tests.lib.manifests import TARGET_PORT, Endpoint, Web, node_manifests
@@ -46,6 +46,7 @@ class World:
             self.webs = (self.web1, self.web2, self.web3)
             for pod in self.webs:
                 serve(pod, tcp=[TARGET_PORT], udp=[TARGET_PORT])
+            self.cluster.route_services(node1)
             self.manifests = self.cluster.folder / "manifests"
             self.manifests.mkdir()
             self._write("nodes", node_manifests(self.cluster.nodes))
@@ -79,13 +80,25 @@ class World:
         if self._write(web.name, web.manifests(endpoints)):
             self._await_sync(before)
 
-    def withdraw(self, web: Web) -> None:
-        """Take a service away again."""
+    def withdraw(self, *webs: Web) -> None:
+        """Take services away again."""
         before = self._revisions()
-        path = self._path(web.name)
-        if path.exists():
+        paths = [path for path in (self._path(web.name) for web in webs) if path.exists()]
+        for path in paths:
             path.unlink()
+        if paths:
             self._await_sync(before)
+
+    def heal(self) -> None:
+        """Start the agents that an earlier test left dead."""
+        for agent in self.agents:
+            if not agent.running:
+                agent.start()
+
+    def own_addresses(self, node: Node) -> set[str]:
+        """Every address on an interface of a node: what masquerading may choose from."""
+        links = json.loads(node.run(["ip", "-j", "address"]))
+        return {entry["local"] for link in links for entry in link["addr_info"]}
 
     def close(self) -> None:
         """End agents and cluster; raises LeftoverError when something stays behind."""
@@ -107,16 +120,7 @@ class World:
         return self.manifests / f"{name}.yaml"
 
     def _write(self, name: str, objects: Sequence[Mapping[str, Any]]) -> bool:
-        """Replace a file in one step, as a config map mount does; False when nothing changed."""
-        path = self._path(name)
-        # JSON documents are YAML, and written ten times faster.
-        text = "\n---\n".join(json.dumps(one, indent=1) for one in objects) + "\n"
-        if path.exists() and path.read_text() == text:
-            return False
-        scratch = self.cluster.folder / "scratch"
-        scratch.write_text(text)
-        scratch.replace(path)
-        return True
+        return write_manifests(self._path(name), objects)
 
     def _revisions(self) -> list[int]:
         return [agent.status().get("revision", 0) for agent in self.agents]
@@ -125,9 +129,20 @@ class World:
         """Wait for the running agents only: a killed one has nothing to say."""
         for agent, old in zip(self.agents, before, strict=True):
             if agent.running:
-                eventually(
-                    agent.status, until=lambda s, old=old: s["revision"] > old, within_s=SYNC_S
-                )
+                eventually(partial(_has_passed, agent, old), within_s=SYNC_S)
+
+
+def write_manifests(path: Path, objects: Sequence[Mapping[str, Any]]) -> bool:
+    """Replace a file in one step, as a config map mount does; False when nothing changed."""
+    # JSON documents are YAML, and written ten times faster.
+    text = "\n---\n".join(json.dumps(one, indent=1) for one in objects) + "\n"
+    if path.exists() and path.read_text() == text:
+        return False
+    # Beside the folder that is watched, not in it.
+    scratch = path.parent.with_suffix(".scratch")
+    scratch.write_text(text)
+    scratch.replace(path)
+    return True
 
 
 def _has_passed(agent: Agent, revision: int) -> bool:

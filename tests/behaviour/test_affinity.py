@@ -1,0 +1,119 @@
+"""sessionAffinity: ClientIP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from tests.behaviour.conftest import Publish
+from tests.lib.manifests import Web
+from tests.lib.probing import (
+    BALANCER,
+    CLUSTER_IP,
+    EXTERNAL_IP,
+    KINDS,
+    LOCALHOST,
+    NODE_PORT_1,
+    Row,
+    failed,
+    table,
+)
+from tests.lib.waiting import wait_out
+from tests.lib.world import World
+
+TIMEOUT_S = 2
+TICK_S = 1.1
+"""The dataplane counts whole seconds: a timeout may last one longer."""
+
+
+def _by_client(rows: Iterable[Row]) -> dict[tuple[str, int, str], set[str]]:
+    """Servers each client reached, a client being told apart as affinity does (P13)."""
+
+    def key(row: Row) -> tuple[str, int, str]:
+        return row.asker.name, int(row.family), row.target.protocol.value
+
+    ordered = sorted(rows, key=key)
+    return {
+        one: {server for row in group for server in row.servers}
+        for one, group in groupby(ordered, key)
+    }
+
+
+def _ask(world: World, web: Web, count: int = 1) -> dict[tuple[str, int, str], set[str]]:
+    rows = table(world, web, askers=world.askers, kinds=[CLUSTER_IP], count=count)
+    assert failed(rows) == []
+    return _by_client(rows)
+
+
+def test_client_keeps_its_pod(world: World, publish: Publish) -> None:
+    """A client keeps its pod, whichever address of the service it calls (P13)."""
+    web = publish(affinity_s=60)
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    # Addresses that node1 translates: affinity is a node's own knowledge.
+    kinds = (CLUSTER_IP, NODE_PORT_1, EXTERNAL_IP, BALANCER)
+    askers = (world.shell1, world.sandbox1, client)
+    first = _by_client(table(world, web, askers=(*askers, node1), kinds=[CLUSTER_IP]))
+    rows = [
+        *table(world, web, askers=askers, kinds=kinds, count=6),
+        *table(world, web, askers=[node1], kinds=(*kinds, LOCALHOST), count=6),
+    ]
+    assert failed(rows) == []
+    assert _by_client(rows) == first
+
+
+def test_clients_spread_over_the_pods(world: World, publish: Publish) -> None:
+    """Affinity holds clients, not the service: different clients get different pods."""
+    web = publish(affinity_s=60)
+    chosen = _ask(world, web, count=3)
+    assert all(len(servers) == 1 for servers in chosen.values())
+    assert {server for servers in chosen.values() for server in servers} == {
+        "web1",
+        "web2",
+        "web3",
+    }
+
+
+def test_each_request_renews_affinity_and_silence_ends_it(world: World, publish: Publish) -> None:
+    """The timeout slides; once it has passed without a request the client may be moved (P13)."""
+    web = publish(affinity_s=TIMEOUT_S)
+    first = _ask(world, web)
+    for _ in range(4):
+        wait_out(TIMEOUT_S * 0.4)
+        assert _ask(world, web) == first
+    wait_out(TIMEOUT_S + TICK_S)
+    # Two dozen clients choose anew: that all choose as before has a chance of 3^-24.
+    assert _ask(world, web) != first
+
+
+def test_affinity_to_a_pod_that_left_ends(world: World, publish: Publish) -> None:
+    """A client whose pod left the service is moved once and then kept (B10)."""
+    web = publish([world.web1, world.web3], affinity_s=60)
+    _ask(world, web)
+    world.publish(web, [world.web2, world.web3])
+    moved = _ask(world, web, count=3)
+    assert all(len(servers) == 1 for servers in moved.values())
+    assert {server for servers in moved.values() for server in servers} <= {"web2", "web3"}
+    assert _ask(world, web) == moved
+
+
+def test_affinity_survives_a_restart_of_the_agent(world: World, publish: Publish) -> None:
+    """What the kernel remembers does not hang on the agent's life."""
+    web = publish(affinity_s=60)
+    first = _ask(world, web)
+    for agent in world.agents:
+        agent.kill()
+    for agent in world.agents:
+        agent.start(wait=False)
+    for agent in world.agents:
+        agent.wait_ready()
+    assert _ask(world, web) == first
+
+
+def test_turning_affinity_off_acts_on_new_connections(world: World, publish: Publish) -> None:
+    """A service changed to no affinity spreads its clients again (P13)."""
+    web = publish(affinity_s=60)
+    _ask(world, web)
+    plain = Web(web.number)
+    world.publish(plain, world.webs)
+    rows = table(world, plain, askers=[world.shell1, world.sandbox1], kinds=KINDS[:1], count=15)
+    assert failed(rows, lambda row: row.ok and len(row.servers) > 1) == []

@@ -1,0 +1,210 @@
+"""What happens to traffic while endpoints and agents come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.host import Host
+from ebpf_svc.testbed.traffic import (
+    Account,
+    Connection,
+    Load,
+    Target,
+    ask,
+    connection,
+    load,
+)
+from tests.behaviour.conftest import Publish
+from tests.lib.manifests import PROTOCOLS, Endpoint, Web
+from tests.lib.probing import every_pod_network
+from tests.lib.waiting import eventually
+from tests.lib.world import World
+
+
+def _targets(world: World, web: Web, asker: Host) -> list[Target]:
+    """Both families and protocols, at the addresses that kind of client uses."""
+    node1, node2 = world.cluster.nodes
+    return [
+        target
+        for family in Family
+        for protocol in PROTOCOLS
+        for target in (
+            [web.at_node(node1, family, protocol), web.at_node(node2, family, protocol)]
+            if asker is world.cluster.client
+            else [web.at_cluster_ip(family, protocol), web.at_external_ip(family, protocol)]
+        )
+    ]
+
+
+@contextmanager
+def _loads(world: World, web: Web) -> Iterator[dict[str, Load]]:
+    """Everyone keeps asking during the block; every answer is counted."""
+    askers = (world.shell1, world.sandbox1, world.cluster.nodes[0], world.cluster.client)
+    with ExitStack() as stack:
+        yield {
+            asker.name: stack.enter_context(load(asker, _targets(world, web, asker), workers=4))
+            for asker in askers
+        }
+
+
+def _served(running: dict[str, Load], count: int) -> None:
+    """Wait until every load has had that many answers since its last reset."""
+    eventually(
+        lambda: {name: one.read().ok for name, one in running.items()},
+        until=lambda served: all(ok >= count for ok in served.values()),
+        within_s=15,
+    )
+
+
+def _failures(accounts: dict[str, Account]) -> dict[str, Account]:
+    return {name: account for name, account in accounts.items() if account.failed}
+
+
+@every_pod_network
+def test_backends_change_under_load_without_a_failed_request(
+    world: World, publish: Publish
+) -> None:
+    """A pod joins and another leaves: no request is lost, the new one serves, the old one rests."""
+    web = publish([world.web1, world.web2])
+    with _loads(world, web) as running:
+        _served(running, 40)
+        world.publish(web, world.webs)
+        _served(running, 80)
+        world.publish(web, [world.web2, world.web3])
+        # Requests that were on their way when the pod left may still be counted for it.
+        before = {name: one.read(reset=True) for name, one in running.items()}
+        _served(running, 5)
+        between = {name: one.read(reset=True) for name, one in running.items()}
+        _served(running, 40)
+    after = {name: one.stop() for name, one in running.items()}
+    assert _failures(before) == _failures(between) == _failures(after) == {}
+    assert all("web3" in account.servers for account in before.values())
+    assert all(set(account.servers) == {"web2", "web3"} for account in after.values())
+
+
+def test_agent_killed_and_restarted_under_load_without_a_failed_request(
+    world: World, publish: Publish
+) -> None:
+    """Traffic does not need the agent: neither its death nor its return costs a request (Z2)."""
+    web = publish()
+    with _loads(world, web) as running:
+        _served(running, 40)
+        for agent in world.agents:
+            agent.kill()
+        dead = {name: one.read(reset=True) for name, one in running.items()}
+        _served(running, 40)
+        for agent in world.agents:
+            agent.start(wait=False)
+        for agent in world.agents:
+            agent.wait_ready()
+        returned = {name: one.read(reset=True) for name, one in running.items()}
+        _served(running, 40)
+    after = {name: one.stop() for name, one in running.items()}
+    assert _failures(dead) == _failures(returned) == _failures(after) == {}
+
+
+def test_agent_learns_on_start_what_changed_while_it_was_dead(
+    world: World, publish: Publish
+) -> None:
+    """A pod that left while nobody watched gets no more requests once the agent is back."""
+    web = publish([world.web1, world.web3])
+    for agent in world.agents:
+        agent.kill()
+    world.publish(web, [world.web2])
+    for agent in world.agents:
+        agent.start()
+    for asker in world.askers:
+        target = web.at_cluster_ip(Family.V4, Protocol.TCP)
+        assert {one.server for one in ask(asker, target.address, target.port, count=4)} == {"web2"}
+
+
+@every_pod_network
+def test_open_connections_outlive_agent_and_endpoint(world: World, publish: Publish) -> None:
+    """Established TCP stays with its pod when the agent dies or the pod leaves (P12)."""
+    web = publish([world.web1, world.web3])
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    with ExitStack() as stack:
+        conns = {
+            (asker.name, family.label): stack.enter_context(connection(asker, target))
+            for family in Family
+            for asker, target in (
+                (world.shell1, web.at_cluster_ip(family, Protocol.TCP)),
+                (world.sandbox1, web.at_cluster_ip(family, Protocol.TCP)),
+                (node1, web.at_cluster_ip(family, Protocol.TCP)),
+                (client, web.at_node(node1, family, Protocol.TCP)),
+            )
+        }
+        first = {name: conn.ping().server for name, conn in conns.items()}
+        world.agents[0].restart()
+        assert {name: conn.ping().server for name, conn in conns.items()} == first
+        world.publish(web, [world.web2])
+        assert {name: conn.ping().server for name, conn in conns.items()} == first
+        world.withdraw(web)
+        assert {name: conn.ping().server for name, conn in conns.items()} == first
+
+
+def _udp_flows(
+    world: World, web: Web, stack: ExitStack, *, connected: bool
+) -> dict[str, Connection]:
+    """UDP sockets with a fixed port: one flow each, for as long as they live."""
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    return {
+        f"{asker.name} {target.address}": stack.enter_context(connection(asker, target))
+        for family in Family
+        for asker, target in (
+            (world.shell1, web.at_cluster_ip(family, Protocol.UDP, connected=connected)),
+            (world.sandbox1, web.at_cluster_ip(family, Protocol.UDP, connected=connected)),
+            (node1, web.at_cluster_ip(family, Protocol.UDP, connected=connected)),
+            (client, web.at_node(node1, family, Protocol.UDP, connected=connected)),
+        )
+    }
+
+
+@every_pod_network
+def test_udp_flow_stays_with_its_backend_and_moves_on_when_it_goes(
+    world: World, publish: Publish
+) -> None:
+    """A UDP client with a fixed port is never stuck with a pod that is gone (C7, C10)."""
+    web = publish([world.web1, world.web3])
+    with ExitStack() as stack:
+        flows = _udp_flows(world, web, stack, connected=False)
+        first = {name: flow.ping().server for name, flow in flows.items()}
+        assert set(first.values()) <= {"web1", "web3"}
+        assert {name: flow.ping().server for name, flow in flows.items()} == first
+        world.publish(web, [world.web2])
+        moved = {name: flow.ping() for name, flow in flows.items()}
+        assert {name: one.server or one for name, one in moved.items()} == dict.fromkeys(
+            flows, "web2"
+        )
+
+
+def test_udp_flow_to_a_draining_endpoint_stays(world: World, publish: Publish) -> None:
+    """A terminating pod that still serves keeps its UDP flows and gets no new ones (C5)."""
+    web = publish([world.web1])
+    with ExitStack() as stack:
+        flows = _udp_flows(world, web, stack, connected=False)
+        assert {flow.ping().server for flow in flows.values()} == {"web1"}
+        leaving = Endpoint(world.web1, ready=False, serving=True, terminating=True)
+        world.publish(web, [leaving, world.web3])
+        assert {flow.ping().server for flow in flows.values()} == {"web1"}
+        late = _udp_flows(world, web, stack, connected=False)
+        assert {flow.ping().server for flow in late.values()} == {"web3"}
+
+
+def test_connected_udp_socket_learns_that_its_backend_is_gone(
+    world: World, publish: Publish
+) -> None:
+    """A connected UDP socket bound to a pod that left is moved or closed, never left in silence."""
+    web = publish([world.web1])
+    with ExitStack() as stack:
+        flows = _udp_flows(world, web, stack, connected=True)
+        assert {flow.ping().server for flow in flows.values()} == {"web1"}
+        world.publish(web, [world.web2])
+        ends = {name: flow.ping() for name, flow in flows.items()}
+        assert {
+            name: one
+            for name, one in ends.items()
+            if one.server != "web2" and one.detail != "ECONNABORTED"
+        } == {}

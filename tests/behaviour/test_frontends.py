@@ -1,0 +1,156 @@
+"""Every way to reach a service: each kind of frontend, from everyone, in each pod network.
+
+client ── router ──┬── node1 ── web1 web2 shell1 sandbox1
+                   └── node2 ── web3 shell2
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.traffic import Target, ask, spread
+from tests.behaviour.conftest import Publish
+from tests.lib.manifests import PROTOCOLS
+from tests.lib.probing import (
+    CLUSTER_IP,
+    EXTERNAL_KINDS,
+    KINDS,
+    LOCALHOST,
+    NODE_PORT_1,
+    Row,
+    every_pod_network,
+    failed,
+    table,
+)
+from tests.lib.world import World
+
+
+@every_pod_network
+def test_every_frontend_answers_everyone(world: World, publish: Publish) -> None:
+    """Pods, sandboxed pods, nodes and the outside reach a service by each of its addresses (P1).
+
+    The client sees the address it called, never the backend's.
+    """
+    web = publish()
+    rows = table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=5)
+    assert failed(rows) == []
+
+
+@every_pod_network
+def test_every_kind_of_frontend_uses_every_backend(world: World, publish: Publish) -> None:
+    """Local and remote backends both serve, whichever address was called."""
+    web = publish()
+    rows = table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=10)
+    reached: dict[str, set[str]] = {}
+    for row in rows:
+        reached.setdefault(row.kind, set()).update(row.servers)
+    assert reached == {kind: {"web1", "web2", "web3"} for kind in (*KINDS, LOCALHOST)}
+
+
+@pytest.mark.parametrize("asker", ["shell1", "sandbox1", "node1", "client"])
+def test_requests_spread_evenly(world: World, publish: Publish, asker: str) -> None:
+    """Each of three backends gets a third of the connections, give or take chance (P12)."""
+    web = publish()
+    host = next(one for one in world.askers if one.name == asker)
+    kind = NODE_PORT_1 if asker == "client" else CLUSTER_IP
+    rows = table(world, web, askers=[host], kinds=[kind], count=150)
+    for protocol in PROTOCOLS:
+        servers: Counter[str] = Counter()
+        for row in rows:
+            if row.target.protocol is protocol:
+                servers += spread(row.answers)
+        assert set(servers) == {"web1", "web2", "web3"}
+        # Five standard deviations of 300 throws at one in three.
+        assert all(abs(count - 100) < 41 for count in servers.values()), servers
+
+
+def test_localhost_reaches_node_ports_only_on_the_node(world: World, publish: Publish) -> None:
+    """A pod's own 127.0.0.1 is no node's: node ports do not answer there (P15)."""
+    web = publish()
+    for family in Family:
+        target = web.at_localhost(family, Protocol.TCP)
+        (answer,) = ask(world.shell1, target.address, target.port)
+        assert answer.outcome.value == "refused"
+
+
+def test_mapped_sockets_reach_ipv4_services(world: World, publish: Publish) -> None:
+    """A dual-stack socket that calls an IPv4 service by its v4-mapped address is served."""
+    web = publish()
+    rows = [
+        Row(asker, "mapped", Family.V4, target, ask(asker, *_place(target), count=4, mapped=True))
+        for asker in (world.shell1, world.cluster.nodes[0])
+        for protocol in PROTOCOLS
+        for target in (
+            web.at_cluster_ip(Family.V4, protocol),
+            web.at_node(world.cluster.nodes[0], Family.V4, protocol),
+        )
+    ]
+    assert failed(rows) == []
+
+
+def test_unconnected_udp_sees_the_address_it_called(world: World, publish: Publish) -> None:
+    """sendto and recvfrom on one socket: the answer comes from the service's address."""
+    web = publish()
+    rows = table(
+        world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=3, connected=False
+    )
+    assert failed(row for row in rows if row.target.protocol is Protocol.UDP) == []
+
+
+@every_pod_network
+def test_large_datagrams_pass_through_services(world: World, publish: Publish) -> None:
+    """Fragments of a datagram find the backend of the first one, there and back."""
+    web = publish()
+    rows = table(
+        world, web, askers=world.askers, count=2, request_bytes=4000, reply_bytes=5000,
+    )  # fmt: skip
+    rows = [row for row in rows if row.target.protocol is Protocol.UDP]
+    sizes = {(one.request_bytes, one.reply_bytes) for row in rows for one in row.answers}
+    assert failed(rows) == []
+    assert sizes == {(4000, 5000)}
+
+
+def test_service_port_alone_is_translated(world: World, publish: Publish) -> None:
+    """A port the service does not have is no frontend (P16); a foreign node port neither (P15)."""
+    web = publish()
+    node2 = world.cluster.nodes[1]
+    (answer,) = ask(world.sandbox1, web.cluster.v4, 81, timeout_s=0.3)
+    assert not answer.ok
+    # A node port number on an address that is no node's: nobody answers for the client.
+    (answer,) = ask(world.sandbox1, world.cluster.client.address(Family.V4), web.node_port)
+    assert answer.outcome.value == "refused"
+    (answer,) = ask(world.sandbox1, node2.address(Family.V4), web.node_port)
+    assert answer.ok
+
+
+def test_two_services_share_their_backends(world: World, publish: Publish) -> None:
+    """Replies of one pod behind two services come back from the one that was called."""
+    one, other = publish(), publish()
+    rows = [
+        *table(world, one, askers=world.askers, count=3),
+        *table(world, other, askers=world.askers, count=3),
+    ]
+    assert failed(rows) == []
+
+
+def test_source_ranges_guard_the_load_balancer_address_alone(
+    world: World, publish: Publish
+) -> None:
+    """Sources outside the ranges are dropped at the VIP, and there only (P10)."""
+    allowed = publish(source_ranges=("203.0.113.0/24", "2001:db8:203::/64"))
+    closed = publish(source_ranges=("192.0.2.0/24", "2001:db8:ffff::/64"))
+    client = world.cluster.client
+    assert failed(table(world, allowed, askers=[client])) == []
+    rows = table(world, closed, askers=[client], timeout_s=0.5)
+    outcomes = {(row.kind, one.outcome.value) for row in rows for one in row.answers}
+    assert outcomes == {
+        (kind, "timeout" if kind == "loadBalancer" else "ok")
+        for kind in (CLUSTER_IP, *EXTERNAL_KINDS)
+    }
+
+
+def _place(target: Target) -> tuple[str, int, Protocol]:
+    return target.address, target.port, target.protocol

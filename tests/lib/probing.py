@@ -1,0 +1,103 @@
+"""Tables of probes: every way to reach a service, asked by everyone at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.host import Host, Node
+from ebpf_svc.testbed.podnet import PodNetwork
+from ebpf_svc.testbed.traffic import Answer, Probe, Target, ask_all
+from tests.lib.manifests import PROTOCOLS, Web
+from tests.lib.world import World
+
+every_pod_network = pytest.mark.parametrize(
+    "pod_network", list(PodNetwork), indirect=True, scope="session"
+)
+
+CLUSTER_IP, EXTERNAL_IP, BALANCER, LOCALHOST = (
+    "clusterIP",
+    "externalIP",
+    "loadBalancer",
+    "localhost",
+)
+NODE_PORT_1, NODE_PORT_2 = "nodePort node1", "nodePort node2"
+EXTERNAL_KINDS = (NODE_PORT_1, NODE_PORT_2, EXTERNAL_IP, BALANCER)
+KINDS = (CLUSTER_IP, *EXTERNAL_KINDS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to reach a service, and how its requests ended; prints as a line of a table."""
+
+    asker: Host
+    kind: str
+    family: Family
+    target: Target
+    answers: Sequence[Answer] = ()
+
+    def __repr__(self) -> str:
+        ends = ", ".join(
+            f"{one.server} as {one.client}" if one.ok else f"{one.outcome.value} {one.detail}"
+            for one in self.answers
+        )
+        target = f"{self.target.address} {self.target.port}/{self.target.protocol.value}"
+        return f"{self.asker.name} -> {self.kind} {target}: {ends}"
+
+    @property
+    def ok(self) -> bool:
+        """Every request was answered, by the address that was asked as far as the client knows."""
+        return all(one.ok and one.peer == self.target.address for one in self.answers)
+
+    @property
+    def servers(self) -> set[str]:
+        return {one.server for one in self.answers if one.ok}
+
+    @property
+    def clients(self) -> set[str]:
+        """Source addresses the servers saw."""
+        return {one.client for one in self.answers if one.ok}
+
+
+def targets(world: World, web: Web, kind: str, **options: Any) -> Iterator[tuple[Family, Target]]:
+    """The targets of one kind of frontend, both families and protocols."""
+    node1, node2 = world.cluster.nodes
+    make: dict[str, Callable[[Family, Protocol], Target]] = {
+        CLUSTER_IP: lambda f, p: web.at_cluster_ip(f, p, **options),
+        EXTERNAL_IP: lambda f, p: web.at_external_ip(f, p, **options),
+        BALANCER: lambda f, p: web.at_balancer(f, p, **options),
+        LOCALHOST: lambda f, p: web.at_localhost(f, p, **options),
+        NODE_PORT_1: lambda f, p: web.at_node(node1, f, p, **options),
+        NODE_PORT_2: lambda f, p: web.at_node(node2, f, p, **options),
+    }
+    for family in Family:
+        for protocol in PROTOCOLS:
+            yield family, make[kind](family, protocol)
+
+
+def table(
+    world: World, web: Web, *, askers: Iterable[Host], kinds: Iterable[str] = KINDS,
+    count: int = 1, **options: Any,
+) -> list[Row]:  # fmt: skip
+    """Everyone asks every kind of frontend of a service, all at the same time."""
+    rows = [
+        Row(asker, kind, family, target)
+        for kind in kinds
+        for asker in askers
+        if kind != LOCALHOST or isinstance(asker, Node)
+        for family, target in targets(world, web, kind, **options)
+    ]
+    answered = ask_all([Probe(row.asker, row.target, count) for row in rows])
+    return [
+        Row(row.asker, row.kind, row.family, row.target, answers)
+        for row, answers in zip(rows, answered, strict=True)
+    ]
+
+
+def failed(rows: Iterable[Row], holds: Callable[[Row], bool] = lambda row: row.ok) -> list[Row]:
+    """The rows that do not hold: assert that there are none, and a failure shows them."""
+    return [row for row in rows if not holds(row)]
