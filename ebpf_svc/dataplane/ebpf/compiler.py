@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,13 +20,11 @@ from typing import Any
 from ebpf_svc.dataplane.ebpf import artifact, constants, source
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.errors import CompileError, UnsupportedHost
-from ebpf_svc.host import headers
+from ebpf_svc.host import toolchain
 from ebpf_svc.model.net import Family
 
 COMPILER_VERSION = 1
 """Raise it when this module would give other output for the same sources."""
-SYSTEM_PYTHON = "/usr/bin/python3"
-MEND_BCC = "apt-get install python3-bpfcc"
 
 
 def obtain(
@@ -56,7 +52,7 @@ def obtain(
     unit = source.unit_text() if text is None else text
     found: dict[Family, Artifact] = {}
     missing: dict[Family, tuple[Path, dict[str, str]]] = {}
-    bcc = bcc_version()
+    bcc = toolchain.bcc_version()
     for family in families:
         defines = {**constants.defines(family), **(extra_defines or {}).get(family, {})}
         stem = f"ipv{int(family)}-{artifact.source_key(unit, defines)[:32]}"
@@ -81,47 +77,35 @@ def _candidates(cache_dir: Path, stem: str, bcc: str | None) -> list[Path]:
     return [exact] if bcc else sorted(cache_dir.glob(f"{stem}-{os.uname().machine}-*.artifact"))
 
 
-def bcc_version() -> str | None:
-    """The version of the bcc a compile would use, without importing it; None = no bcc."""
-    spec = importlib.util.find_spec("bcc")
-    places = [Path(spec.origin).parent] if spec and spec.origin else []
-    places.append(Path("/usr/lib/python3/dist-packages/bcc"))
-    for place in places:
-        try:
-            match = re.search(r"['\"]([\d.]+[^'\"]*)['\"]", (place / "version.py").read_text())
-        except OSError:
-            continue
-        if match and (place / "libbcc.py").exists():
-            return match[1]
-    return None
-
-
-def compiler_python() -> str:
-    """The interpreter that sees bcc: ours, else the distribution's."""
-    return sys.executable if importlib.util.find_spec("bcc") else SYSTEM_PYTHON
-
-
 def _compile_all(
     unit: str, wanted: Mapping[Family, tuple[Path, dict[str, str]]], cache_dir: Path
 ) -> dict[Family, Artifact]:
-    tree = headers.find_headers()
+    tree = toolchain.find_headers()
     lacking = []
-    if bcc_version() is None:
-        lacking.append(f"bcc for Python: not installed ({MEND_BCC})")
+    if toolchain.bcc_version() is None:
+        lacking.append(f"bcc for Python: not installed ({toolchain.MEND_BCC})")
     if tree is None:
-        lacking.append(f"kernel headers: none found ({headers.MEND})")
+        lacking.append(f"kernel headers: none found ({toolchain.MEND_HEADERS})")
     if lacking or tree is None:
         raise UnsupportedHost(lacking)
     package_root = str(Path(__file__).resolve().parents[3])
     environment = {
         **os.environ,
-        **headers.environment(tree, cache_dir),
+        **toolchain.environment(tree, cache_dir),
         "PYTHONPATH": package_root,
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     running = {
         family: subprocess.Popen(
-            [compiler_python(), "-m", __name__, str(int(family)), str(path), "--source", "-"]
+            [
+                toolchain.compiler_python(),
+                "-m",
+                __name__,
+                str(int(family)),
+                str(path),
+                "--source",
+                "-",
+            ]
             + [f"--define={name}={value}" for name, value in defines.items()],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

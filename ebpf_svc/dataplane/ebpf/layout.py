@@ -18,9 +18,9 @@ import re
 import socket
 import struct
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import cached_property
 from typing import Any
 
 from ebpf_svc.errors import LayoutMismatch
@@ -56,16 +56,19 @@ class _Part:
 class Layout:
     """One C type as Python packs it; `name` says in errors which."""
 
-    def __init__(self, name: str, fields: tuple[str, ...], codes: str, size: int) -> None:
-        self.name, self.fields = name, fields
+    def __init__(self, name: str, offsets: Mapping[str, int], codes: str, size: int) -> None:
+        self.name, self.fields = name, tuple(offsets)
+        self._offsets = dict(offsets)
         self._struct = struct.Struct("=" + codes)
         if self._struct.size != size:
             raise LayoutMismatch(
                 name, kernel=f"{size} bytes", python=f"{self._struct.size} bytes: {codes}"
             )
-        self._tuple: Callable[..., Any] = namedtuple(  # type: ignore[misc]
-            re.sub(r"\W", "_", name), fields
-        )
+
+    @cached_property
+    def _tuple(self) -> Callable[..., Any]:
+        # Made on first use: two dozen layouts are opened at each start, few are unpacked by name.
+        return namedtuple(re.sub(r"\W", "_", self.name), self.fields)
 
     @property
     def size(self) -> int:
@@ -90,38 +93,35 @@ class Layout:
             parts = [_scalar(label, "value", desc)]
         else:
             parts = _spread(label, desc, "")
-        named = tuple(part.name for part in parts if not _PAD.match(part.name))
-        codes = "".join(f"{part.size}x" if _PAD.match(part.name) else part.code for part in parts)
-        return cls(label, named, codes, size)
+        offsets, codes, at = {}, "", 0
+        for part in parts:
+            if _PAD.match(part.name):
+                codes += f"{part.size}x"
+            else:
+                offsets[part.name] = at
+                codes += part.code
+            at += part.size
+        return cls(label, offsets, codes, size)
 
     def require(self, *names: str) -> None:
-        """Raise LayoutMismatch unless the fields are exactly these, in any order."""
-        if set(names) != set(self.fields):
+        """Raise LayoutMismatch unless the fields are exactly these, in this order."""
+        if names != self.fields:
             raise LayoutMismatch(self.name, kernel=self.fields, python=names)
 
     def packer(self, *names: str) -> Callable[..., bytes]:
-        """A fast function that packs values given in the order of `names`.
-
-        Every field must be named: one that C has and Python does not know is a mismatch.
-        """
+        """The function that packs values given in the order of `names`, which is C's order."""
         self.require(*names)
-        pack = self._struct.pack
-        if names == self.fields:
-            return pack
-        if len(names) == 1:
-            return pack
-        reorder = itemgetter(*(names.index(field) for field in self.fields))
-        return lambda *values: pack(*reorder(values))
+        return self._struct.pack
+
+    def offset(self, field: str) -> int:
+        """Where a field lies, in bytes from the start."""
+        return self._offsets[field]
 
     def pack(self, **values: int | bytes) -> bytes:
         """Pack one value; every field by name."""
-        try:
-            return self._struct.pack(*(values.pop(field) for field in self.fields))
-        except KeyError as error:
-            raise LayoutMismatch(self.name, kernel=self.fields, python=f"no {error}") from error
-        finally:
-            if values.keys() - set(self.fields):
-                raise LayoutMismatch(self.name, kernel=self.fields, python=tuple(values))
+        if values.keys() != self._offsets.keys():
+            raise LayoutMismatch(self.name, kernel=self.fields, python=tuple(values))
+        return self._struct.pack(*[values[field] for field in self.fields])
 
     def unpack(self, data: bytes | memoryview, offset: int = 0) -> Any:
         """Unpack one value into a named tuple with `fields`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.dataplane.ebpf.layout import Layout
 from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Table
 from ebpf_svc.errors import DataplaneError, LayoutMismatch
-from ebpf_svc.host import bpf
+from ebpf_svc.host import bpf, mounts
 from ebpf_svc.host.bpf import MapType
 from ebpf_svc.model.net import Family
 
@@ -63,20 +64,20 @@ def pin_dir(settings: EbpfSettings) -> Path:
 def remove_pins(settings: EbpfSettings) -> bool:
     """Unlink every pin of ours, of any version; False when there was none.
 
-    Maps live on as long as an attached program uses them: detach first.
+    Maps live on as long as an attached program uses them: detach first. A BPF file system that
+    `Tables.open` had to mount goes too, once nobody pins anything there.
     """
     top = settings.bpffs / _DIRECTORY
-    if not top.is_dir():
+    if not mounts.is_on_bpffs(settings.bpffs):
         return False
-    for version in top.iterdir():
-        if version.is_dir():
-            for path in version.iterdir():
-                path.unlink(missing_ok=True)
-            version.rmdir()
-        else:
-            version.unlink()
-    top.rmdir()
-    return True
+    found = top.is_dir()
+    if found:
+        for folder, _, names in os.walk(top, topdown=False):
+            for name in names:
+                Path(folder, name).unlink(missing_ok=True)
+            Path(folder).rmdir()
+    mounts.release_bpffs(settings.bpffs)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,9 @@ class Tables:
             DataplaneError: the BPF file system is not there, or a map cannot be made.
         """
         directory = pin_dir(settings)
+        _lift_memory_limit()
         try:
+            mounts.ensure_bpffs(settings.bpffs)
             _prepare(directory, artifacts)
         except OSError as error:
             raise DataplaneError(f"cannot pin maps in {directory}: {error}") from error
@@ -158,6 +161,14 @@ class Tables:
         """Give back descriptors and mappings; the kernel keeps the maps by their pins."""
         for table in self._tables.values():
             table.close()
+
+
+def _lift_memory_limit() -> None:
+    """Kernels before 5.11 count maps against the locked memory of the process."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(
+            resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
 
 
 def _pin_name(name: str, family: Family) -> str:

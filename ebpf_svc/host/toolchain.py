@@ -1,25 +1,51 @@
-"""Find a kernel header tree BCC can compile against.
+"""What compiling takes: bcc, an interpreter that sees it, and a kernel header tree.
 
 The programs use the UAPI only, so any recent tree serves when the running kernel has none of its
 own. Never writes below /lib/modules: what BCC cannot find by itself is merged or unpacked into the
-cache directory and named to it through the environment.
+cache directory and named to it through the environment. Imports no bcc.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MEND = "apt-get install linux-headers-$(uname -r) (or linux-headers-$(dpkg --print-architecture))"
+MEND_HEADERS = (
+    "apt-get install linux-headers-$(uname -r) (or linux-headers-$(dpkg --print-architecture))"
+)
+MEND_BCC = "apt-get install python3-bpfcc"
+SYSTEM_PYTHON = "/usr/bin/python3"
+"""The interpreter distributions build bcc for."""
+_SYSTEM_PACKAGES = Path("/usr/lib/python3/dist-packages")
 
 _ARCHES = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv", "s390x": "s390"}
+
+
+def bcc_version() -> str | None:
+    """The version of the bcc a compile would use, without importing it; None = no bcc."""
+    spec = importlib.util.find_spec("bcc")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    for place in [*places, _SYSTEM_PACKAGES / "bcc"]:
+        # PyPI has another package of this name, which has no libbcc.
+        if (place / "libbcc.py").is_file() and (place / "version.py").is_file():
+            found = re.search(r"['\"]([\d.]+[^'\"]*)['\"]", (place / "version.py").read_text())
+            if found:
+                return found[1]
+    return None
+
+
+def compiler_python() -> str:
+    """The interpreter that sees bcc: ours, else the distribution's."""
+    return sys.executable if importlib.util.find_spec("bcc") else SYSTEM_PYTHON
 
 
 @dataclass(frozen=True, slots=True)
