@@ -149,7 +149,7 @@ class SyncLoop:
         if snapshot is None:
             return
         desired = self._planner.plan(snapshot)
-        self._log_new_problems((*snapshot.problems, *desired.problems))
+        self._log_new_conflicts(desired.problems)
         try:
             report = self._dataplane.apply(desired, resync=resync)
         except DataplaneError as exc:
@@ -209,11 +209,12 @@ class SyncLoop:
             took_ms=took_ms,
         )
 
-    def _log_new_problems(self, problems: tuple[Problem, ...]) -> None:
+    def _log_new_conflicts(self, problems: tuple[Problem, ...]) -> None:
+        """Log what the plan found; whoever read an object has logged what is wrong with it."""
         now = frozenset(problems)
         for problem in sorted(now - self._known_problems, key=str):
             log.warning(
-                "object.skipped",
+                "plan.conflict",
                 source=problem.source,
                 object=problem.object_ref,
                 field=problem.field,

@@ -87,9 +87,10 @@ class FakePlanner:
     """Every snapshot plans the same service."""
 
     plans: dict[PlanKey, ServicePlan] = field(default_factory=lambda: {WEB: PLAN})
+    conflicts: tuple[Problem, ...] = ()
 
     def plan(self, snapshot: Snapshot) -> DesiredState:
-        return DesiredState(self.plans, revision=snapshot.revision)
+        return DesiredState(self.plans, problems=self.conflicts, revision=snapshot.revision)
 
 
 @dataclass
@@ -353,18 +354,23 @@ def test_each_sync_is_one_line_and_quiet_read_backs_are_none(rig: Rig) -> None:
     ]
 
 
-def test_problem_is_logged_once_while_it_lasts(rig: Rig) -> None:
-    """A bad object is named when it appears, not with every sync; again when it comes back."""
-    bad = Problem("web.yaml", "Service default/web", "spec.ports[0].port", "must be 1..65535")
-    rig.store.change(bad)
-    rig.clock.at(5, lambda: rig.store.change(bad))
-    rig.clock.at(10, rig.store.change)
-    rig.clock.at(15, lambda: rig.store.change(bad))
+def test_conflict_is_logged_once_while_it_lasts(rig: Rig) -> None:
+    """A lost claim is named when it appears, not with every sync; again when it comes back."""
+    lost = Problem("", "Service shop/web", "spec.externalIPs[0]", "is taken by shop/api")
+
+    def plan(*conflicts: Problem) -> None:
+        rig.planner.conflicts = conflicts
+        rig.store.change()
+
+    plan(lost)
+    rig.clock.at(5, lambda: plan(lost))
+    rig.clock.at(10, plan)
+    rig.clock.at(15, lambda: plan(lost))
     with capture_logs() as lines:
         rig.run(until_s=20)
-    skipped = [line for line in lines if line["event"] == "object.skipped"]
-    assert [(line["object"], line["reason"]) for line in skipped] == [
-        ("Service default/web", "must be 1..65535")
+    named = [line for line in lines if line["event"] == "plan.conflict"]
+    assert [(line["object"], line["reason"]) for line in named] == [
+        ("Service shop/web", "is taken by shop/api")
     ] * 2
 
 
