@@ -10,11 +10,13 @@ import contextlib
 import ipaddress
 import socket
 import struct
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ebpf_svc.dataplane.ebpf.entries import FrontendValue
 from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
+from ebpf_svc.errors import LayoutMismatch
 from ebpf_svc.model.desired import Backend, FrontendKey
 from ebpf_svc.model.net import Family, Protocol
 
@@ -23,6 +25,20 @@ _BACKEND = ("at_addr", "at_port", "at_proto", "service", "next", "flags")
 _RANGE = ("prefix_bits", "ranges", "addr")
 _SET_BITS = 32
 """A range key's prefix length counts the word that names the set."""
+
+
+class _Ends(dict[tuple[int, int], bytes]):
+    """What follows the address in an `l4_addr`, by port and protocol; made when first asked for."""
+
+    def __init__(self, pack: Callable[..., bytes], no_address: bytes) -> None:
+        super().__init__()
+        self._pack, self._no_address = pack, no_address
+
+    def __missing__(self, port_and_protocol: tuple[int, int]) -> bytes:
+        port, protocol = port_and_protocol
+        end = self._pack(self._no_address, wire_port(port), protocol)[len(self._no_address) :]
+        self[port_and_protocol] = end
+        return end
 
 
 class Codec:
@@ -35,28 +51,34 @@ class Codec:
         at, backend = tables.frontends.key, tables.backends.value
         self._at, self._at_layout = at.packer(*_AT), at
         tables.backend_index.key.require(*_AT)
-        self.pack_backend = backend.packer(*_BACKEND)
-        """Packs address (bytes), port (wire), protocol, service, next backend, flags."""
-        self._backend_layout = backend
+        self._backend, self._backend_layout = backend.packer(*_BACKEND), backend
         self._frontend = tables.frontends.value.packer(*FrontendValue._fields)
         self._frontend_layout = tables.frontends.value
-        self._range, self._range_layout = (
-            tables.source_ranges.key.packer(*_RANGE),
-            tables.source_ranges.key,
-        )
+        self._range_layout = tables.source_ranges.key
+        self._range = self._range_layout.packer(*_RANGE)
         self._word = tables.backend_index.value.packer("value")
         self.at_size = at.size
         self.next_offset = offset_of(backend, "next")
         self.flags_offset = offset_of(backend, "flags")
+        self._no_address = self.pton("0.0.0.0" if family is Family.V4 else "::")
+        self._ends = _Ends(self._at, self._no_address)
+        probe = self._at(self._no_address, 1, 2)
+        if self._backend(self._no_address, 1, 2, 3, 4, 5) != probe + self.tail(3, 4, 5):
+            raise LayoutMismatch(backend.name, kernel=backend.fields, python="its l4_addr first")
 
     def at(self, address: str, port: int, protocol: int) -> bytes:
         """An `l4_addr`: the key of a frontend, and of a backend in the index."""
         return self._at(self.pton(address), wire_port(port), protocol)
 
-    def ats(self, backends: tuple[Backend, ...], protocol: int) -> list[bytes]:
+    def ats(self, backends: Sequence[Backend], protocol: int) -> list[bytes]:
         """`at` of each endpoint of a service port."""
-        pack, pton = self._at, self.pton
-        return [pack(pton(each.address), wire_port(each.port), protocol) for each in backends]
+        pton, ends = self.pton, self._ends
+        return [pton(each.address) + ends[each.port, protocol] for each in backends]
+
+    def tail(self, service: int, following: int, flags: int) -> bytes:
+        """What follows `at` in a `backend_value`; `following` is the next backend of its chain."""
+        whole = self._backend(self._no_address, 0, 0, service, following, flags)
+        return whole[self.at_size :]
 
     def key(self, frontend: FrontendKey) -> bytes:
         return self.at(frontend.address, frontend.port, frontend.protocol.number)

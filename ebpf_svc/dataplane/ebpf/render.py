@@ -14,11 +14,16 @@ from ebpf_svc.dataplane.ebpf import entries
 from ebpf_svc.dataplane.ebpf.codec import number
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
 from ebpf_svc.dataplane.ebpf.entries import MaglevOptions, SlotRange
-from ebpf_svc.dataplane.ebpf.layout import wire_port
 from ebpf_svc.dataplane.ebpf.state import FamilyState, HeldList, Record
 from ebpf_svc.dataplane.ebpf.table import ArrayTable
 from ebpf_svc.errors import DataplaneError
-from ebpf_svc.model.desired import ServicePlan
+from ebpf_svc.model.desired import Backend, ServicePlan
+
+_FLAGS = tuple(
+    tuple(entries.backend_flags(Backend("", 0, in_cluster, in_local)) for in_local in (False, True))
+    for in_cluster in (False, True)
+)
+"""Flags by membership of the Cluster and of the Local list."""
 
 
 @dataclass(slots=True)
@@ -29,10 +34,12 @@ class Change:
     record: Record
     """As it will be."""
     backend_puts: list[tuple[int, bytes]] = field(default_factory=list)
+    """First id, and values end to end."""
     flag_puts: list[tuple[int, int]] = field(default_factory=list)
     revived: list[int] = field(default_factory=list)
     """Tombstones that serve again; a client that was with them stays."""
-    links: list[tuple[bytes, bytes]] = field(default_factory=list)
+    links: dict[bytes, int] = field(default_factory=dict)
+    """Heads of chains."""
     slot_puts: list[tuple[int, bytes]] = field(default_factory=list)
     range_puts: list[tuple[int, list[bytes]]] = field(default_factory=list)
     """New sets of source ranges and their keys."""
@@ -64,12 +71,15 @@ class Renderer:
     ) -> None:
         self._state, self._codec, self._tables = state, state.codec, state.tables
         self._slots, self._use_maglev, self._options = slots, use_maglev, options
-        self._heads: dict[bytes, tuple[int, int]] = {}
-        """Backends rendered and not yet in the index, with the length of the chain they head."""
+        self._heads: dict[bytes, int] = {}
+        """Backends rendered and not yet in the index."""
+        self._lengths: dict[bytes, int] = {}
+        """Of the chains they head; not there = 1."""
 
     def written(self) -> None:
         """What was rendered so far is in the kernel."""
         self._heads.clear()
+        self._lengths.clear()
 
     def render(self, plan: ServicePlan) -> Change:
         """Work out one plan.
@@ -117,40 +127,70 @@ class Renderer:
         return record.plan is not None and record.plan.frontends == plan.frontends
 
     def _render_backends(self, change: Change, record: Record, taken: _Taken) -> None:
-        plan, service = change.plan, record.service
-        protocol = plan.key.port_name.protocol.number
-        pton, pack = self._codec.pton, self._codec.pack_backend
-        heads, ids, word = self._heads, change.record.backend_ids, self._codec.word
-        held = self._held(record, protocol)
-        dead = {self._state.at_of(each): each for each in self._state.dead.get(service, ())}
-        fresh: list[tuple[bytes, int, int]] = []
-        ats = self._codec.ats(plan.backends, protocol)
-        for backend, at in zip(plan.backends, ats, strict=True):
-            flags = entries.backend_flags(backend)
+        backends, service = change.plan.backends, record.service
+        protocol = change.plan.key.port_name.protocol.number
+        ats = self._codec.ats(backends, protocol)
+        flags = [_FLAGS[each.in_cluster][each.in_local] for each in backends]
+        if record.backend_ids or service in self._state.dead:
+            ids, missing = self._known_backends(change, record, ats, flags)
+        else:
+            ids, missing = array("I", taken.backends(len(ats))), range(len(ats))
+        for i in missing:
+            if ids[i] == NO_BACKEND:
+                (ids[i],) = taken.backends(1)
+        change.record.backend_ids = ids
+        if missing:
+            self._link(change, missing, ats, flags)
+
+    def _known_backends(
+        self, change: Change, record: Record, ats: Sequence[bytes], flags: Sequence[int]
+    ) -> tuple[array[int], Sequence[int]]:
+        """Find the ids endpoints have already.
+
+        Returns:
+            ids, 0 for endpoints that need one; and positions of those not in the index.
+        """
+        ids, missing = array("I"), []
+        held = self._held(record, change.plan.key.port_name.protocol.number)
+        dead_ids = self._state.dead.get(record.service, ())
+        dead = {self._state.at_of(each): each for each in dead_ids}
+        for i, at in enumerate(ats):
             known = held.pop(at, NO_BACKEND)
-            linked = bool(known) and record.is_complete
+            is_linked = known != NO_BACKEND and record.is_complete
             if not known and at in dead:
                 known = dead[at]
                 change.revived.append(known)
-            if known:
-                ids.append(known)
-                if self._flags_of(known) != flags:
-                    change.flag_puts.append((known, flags))
-                if linked or known in self._chain(at):
-                    continue
-            else:
-                known = taken.backend()
-                ids.append(known)
-            following, length = self._head(at)
-            fresh.append((at, known, length + 1))
-            value = pack(
-                pton(backend.address), wire_port(backend.port), protocol, service, following, flags
-            )
-            change.backend_puts.append((known, value))
-        for at, known, length in fresh:
-            heads[at] = (known, length)
-            change.links.append((at, word(known)))
+            ids.append(known)
+            if known and self._flags_of(known) != flags[i]:
+                change.flag_puts.append((known, flags[i]))
+            if not is_linked and not (known and known in self._chain(at)):
+                missing.append(i)
         change.backend_drops.extend(held.values())
+        return ids, missing
+
+    def _link(
+        self, change: Change, missing: Sequence[int], ats: Sequence[bytes], flags: Sequence[int]
+    ) -> None:
+        """Put backends at the heads of their chains."""
+        service = change.record.service
+        new_ats = [ats[i] for i in missing]
+        new_ids = array("I", [change.record.backend_ids[i] for i in missing])
+        tails = {each: self._codec.tail(service, NO_BACKEND, each) for each in set(flags)}
+        values = [ats[i] + tails[flags[i]] for i in missing]
+        lengths: dict[bytes, int] = {}
+        for at, position in self._state.note_linked(new_ats):
+            head, length = self._head(at)
+            lengths[at] = length + 1
+            flag = flags[missing[position]]
+            values[position] = at + self._codec.tail(service, head, flag)
+        change.links = dict(zip(new_ats, new_ids, strict=True))
+        self._heads |= change.links
+        self._lengths |= lengths
+        first = new_ids[0]
+        if new_ids == array("I", range(first, first + len(new_ids))):
+            change.backend_puts.append((first, b"".join(values)))
+        else:
+            change.backend_puts.extend(zip(new_ids, values, strict=True))
 
     def _held(self, record: Record, protocol: int) -> dict[bytes, int]:
         """The backends a record has, by where they answer."""
@@ -169,19 +209,16 @@ class Renderer:
         Raises:
             DataplaneError: the egress program would not walk a longer one to its end.
         """
-        pending = self._heads.get(at)
-        if pending is None:
-            if not self._state.may_be_linked(at):
-                self._state.note_linked(at)
-                return NO_BACKEND, 0
+        head, length = self._heads.get(at, NO_BACKEND), self._lengths.get(at, 1)
+        if head == NO_BACKEND:
             chain = self._chain(at)
-            pending = (chain[0], len(chain)) if chain else (NO_BACKEND, 0)
-        if pending[1] >= BACKEND_CHAIN_MAX:
+            head, length = (chain[0], len(chain)) if chain else (NO_BACKEND, 0)
+        if length >= BACKEND_CHAIN_MAX:
             address, port = self._codec.endpoint(at)
             raise DataplaneError(
                 f"{BACKEND_CHAIN_MAX} service ports have endpoint {address} port {port} already"
             )
-        return pending
+        return head, length
 
     def _chain(self, at: bytes) -> list[int]:
         """The backends with this `at` that are in the kernel, in the order programs walk them."""
@@ -259,10 +296,12 @@ class _Taken:
         self._service = self._state.services.take()
         return self._service
 
-    def backend(self) -> int:
-        backend = self._state.backends.take()
-        self._backends.append(backend)
-        return backend
+    def backends(self, count: int) -> Sequence[int]:
+        take, taken = self._state.backends.take, self._backends
+        start = len(taken)
+        for _ in range(count):
+            taken.append(take())
+        return taken[start:]
 
     def slots(self, length: int) -> int:
         first = self._state.slots.take(length)

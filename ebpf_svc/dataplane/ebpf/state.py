@@ -118,15 +118,22 @@ class FamilyState:
         """The service a frontend's value names."""
         return self.codec.frontend_value(value).service
 
-    def may_be_linked(self, at: bytes) -> bool:
-        """Whether a backend may have this `at`: a wrong yes costs a look-up, no is never wrong."""
-        spot = hash(at)
-        return bool(self._known[spot >> 3 & _KNOWN_MASK] & 1 << (spot & 7))
+    def note_linked(self, ats: Iterable[bytes]) -> list[tuple[bytes, int]]:
+        """Remember that the index has, or will have, these keys.
 
-    def note_linked(self, at: bytes) -> None:
-        """Remember that the index has, or will have, this key."""
-        spot = hash(at)
-        self._known[spot >> 3 & _KNOWN_MASK] |= 1 << (spot & 7)
+        Returns:
+            those that it may have had already, with their positions: one of them that it had not
+            costs a look-up, none that it had is missing.
+        """
+        known, suspects = self._known, []
+        for position, at in enumerate(ats):
+            spot = hash(at)
+            byte, bit = spot >> 3 & _KNOWN_MASK, 1 << (spot & 7)
+            if known[byte] & bit:
+                suspects.append((at, position))
+            else:
+                known[byte] |= bit
+        return suspects
 
     def put_frontend(self, key: bytes, value: bytes) -> None:
         """Note an entry that was written."""
@@ -244,7 +251,7 @@ class FamilyState:
         view, stride = self.tables.backends.view(), self.tables.backends.stride
         words = self.codec.backend_words
         for at, head in self.tables.backend_index.items():
-            self.note_linked(at)
+            self.note_linked((at,))
             backend = number(head)
             while backend != NO_BACKEND:
                 start = backend * stride

@@ -11,6 +11,7 @@ only the plans that cannot be written fail.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 from ebpf_svc.dataplane.ebpf import entries
@@ -60,9 +61,13 @@ class Writer:
                 table.write_word(backend, offset, flags)
 
     def _put_links(self, changes: Sequence[Change]) -> None:
-        # Within one batch a chain grows from its end, so the last link of an address is its head.
-        links = dict(link for change in changes for link in change.links)
-        self._tables.backend_index.update(list(links.items()))
+        # Within one batch a chain grows from its end: the last link of an address is its head.
+        links: dict[bytes, int] = {}
+        for change in changes:
+            links |= change.links
+        heads = array("I", links.values()).tobytes()
+        words = [heads[i : i + 4] for i in range(0, len(heads), 4)]
+        self._tables.backend_index.update(list(zip(links, words, strict=True)))
 
     def _put_slots(self, changes: Sequence[Change]) -> None:
         write_runs(self._slots, [put for change in changes for put in change.slot_puts])
