@@ -16,7 +16,8 @@ from ebpf_svc.errors import ConfigError
 from ebpf_svc.host.lock import DirectoryLock
 from ebpf_svc.log import get_logger
 from ebpf_svc.modes import make_dataplane
-from ebpf_svc.plan.planner import Planner, PlanOptions
+from ebpf_svc.plan.options import PlanOptions
+from ebpf_svc.plan.planner import Planner
 from ebpf_svc.sync import SyncLoop
 from ebpf_svc.watch.addresses import AddressWatch
 from ebpf_svc.watch.files import FileSource
