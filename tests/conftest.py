@@ -100,7 +100,7 @@ class Worlds:
     def of(self, dataplane: str, network: PodNetwork) -> World:
         key = (dataplane, network)
         if key not in self._worlds:
-            self._worlds[key] = World(network, cache_dir=self._cache_dir)
+            self._worlds[key] = World(network, cache_dir=self._cache_dir, mode=dataplane)
         return self._worlds[key]
 
     def close(self) -> None:

@@ -33,8 +33,9 @@ class Agent:
     Leaving the block stops the process and runs `cleanup`, so the node is as it was.
     """
 
-    def __init__(self, node: Node, settings: Settings) -> None:
+    def __init__(self, node: Node, settings: Settings, *, mode: str = "ebpf") -> None:
         self.node, self.settings = node, settings
+        self._mode = mode
         self.log_path = node.folders.root / "agent.log"
         self._config = node.folders.root / "agent.json"
         # JSON is YAML too.
@@ -60,7 +61,8 @@ class Agent:
             AgentError: it ended or was not ready in time.
         """
         begun = time.monotonic()
-        argv = [*python_argv("ebpf_svc.cli"), "run", "--config", str(self._config)]
+        argv = [*python_argv("ebpf_svc.cli"), "run", "--mode", self._mode]
+        argv += ["--config", str(self._config)]
         with self.log_path.open("a") as log:
             self._process = self.node.popen(argv, stdout=log, stderr=log)
         if not wait:

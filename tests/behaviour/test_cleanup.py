@@ -9,7 +9,7 @@ import pytest
 
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
-from ebpf_svc.testbed.host import Node
+from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import ask, serve
 from tests.lib.manifests import TARGET_PORT, Web, node_manifests
 from tests.lib.world import write_manifests
@@ -24,34 +24,23 @@ def agent(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[
         serve(pod, tcp=[TARGET_PORT])
         manifests = cluster.folder / "manifests"
         manifests.mkdir()
-        agent = Agent(node, cluster.settings(node, manifests))
+        agent = Agent(node, cluster.settings(node, manifests), mode=dataplane)
         write_manifests(manifests / "all.yaml", [*node_manifests([node]), *Web(1).manifests([pod])])
         yield agent
         agent.stop()
 
 
-def _traces(node: Node) -> dict[str, object]:
-    """Everything an agent may leave in a node's kernel."""
-    return {
-        "filters": node.run(["bpftool", "net"]),
-        "qdiscs": node.run(["tc", "qdisc"]).count("clsact"),
-        "rules": node.run(["nft", "list", "tables"]),
-        "cgroup": node.run(["bpftool", "cgroup", "tree", str(node.folders.cgroup)]),
-        "pins": sorted(path.name for path in node.folders.bpffs.rglob("*")),
-    }
-
-
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_cleanup_leaves_nothing(agent: Agent, end: str) -> None:
     """After `cleanup` the kernel is as before, also when the agent crashed (Z4)."""
-    before = _traces(agent.node)
+    before = traces(agent.node)
     agent.start()
     assert ask(agent.node, Web(1).cluster.v4, 80)[0].server == "web1"
     getattr(agent, end)()
-    assert _traces(agent.node) != before
+    assert traces(agent.node) != before
     assert ask(agent.node, Web(1).cluster.v4, 80)[0].server == "web1"
     agent.cleanup()
-    assert _traces(agent.node) == before
+    assert traces(agent.node) == before
 
 
 def test_cleanup_twice_is_fine(agent: Agent) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from ebpf_svc.host import bpf
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.agent import Agent
-from ebpf_svc.testbed.host import Node
+from ebpf_svc.testbed.traces import filters
 from ebpf_svc.testbed.traffic import Answer, ask
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Web
@@ -24,20 +26,15 @@ def _ask_cluster_ip(world: World, web: Web) -> Answer:
     return ask(world.sandbox1, web.cluster.v4, 80, timeout_s=0.2)[0]
 
 
-def _filters(node: Node, device: str) -> str:
-    return "".join(
-        node.run(["tc", "filter", "show", "dev", device, side]) for side in ("ingress", "egress")
-    )
-
-
 @pytest.mark.parametrize("side", ["ingress", "egress"])
 def test_deleted_filter_comes_back_at_once(world: World, publish: Publish, side: str) -> None:
     """A CNI or an admin deletes a filter: netlink tells, and it is there again."""
     web = publish()
     node, device = world.cluster.nodes[0], world.sandbox1.device
-    before = _filters(node, device).count("bpf")
+    before = filters(node, device)
+    assert before
     node.run(["tc", "filter", "del", "dev", device, side])
-    eventually(lambda: _filters(node, device).count("bpf") == before, within_s=AT_ONCE_S)
+    eventually(lambda: filters(node, device), until=before.__eq__, within_s=AT_ONCE_S)
     assert _ask_cluster_ip(world, web).ok
 
 
@@ -47,9 +44,10 @@ def test_deleted_clsact_comes_back_at_once(world: World, publish: Publish, where
     web = publish()
     node = world.cluster.nodes[0]
     device = world.sandbox1.device if where == "pod" else "eth0"
-    before = _filters(node, device).count("bpf")
+    before = filters(node, device)
+    assert before
     node.run(["tc", "qdisc", "del", "dev", device, "clsact"])
-    eventually(lambda: _filters(node, device).count("bpf") == before, within_s=AT_ONCE_S)
+    eventually(lambda: filters(node, device), until=before.__eq__, within_s=AT_ONCE_S)
     assert _ask_cluster_ip(world, web).ok
     target = web.at_node(node, Family.V4, Protocol.TCP)
     assert ask(world.cluster.client, target.address, target.port)[0].ok
@@ -64,9 +62,7 @@ def test_deleted_map_entries_come_back(world: World, publish: Publish) -> None:
     """Whoever empties a map: the next read-back fills it again."""
     web = publish()
     node, agent = world.cluster.nodes[0], world.agents[0]
-    pin = next(path for path in node.folders.bpffs.rglob("frontends4"))
-    for entry in json.loads(node.run(["bpftool", "-j", "map", "dump", "pinned", str(pin)])):
-        node.run(["bpftool", "map", "delete", "pinned", str(pin), "key", *_bytes_of(entry)])
+    _empty(next(node.folders.bpffs.rglob("frontends4")))
     assert not _ask_cluster_ip(world, web).ok
     _read_back(agent)
     eventually(lambda: _ask_cluster_ip(world, web).ok, within_s=AT_ONCE_S)
@@ -100,7 +96,11 @@ def test_new_pod_is_served_before_its_first_packet_matters(world: World, publish
         node.remove_pod(pod)
 
 
-def _bytes_of(entry: dict[str, object]) -> list[str]:
-    key = entry["key"]
-    assert isinstance(key, list)
-    return [str(byte) for byte in key]
+def _empty(pin: Path) -> None:
+    fd = bpf.get_pinned(pin)
+    try:
+        size = bpf.map_facts(fd).key_size
+        while key := bpf.next_key(fd, None, size):
+            bpf.delete(fd, key)
+    finally:
+        os.close(fd)

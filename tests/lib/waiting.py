@@ -30,5 +30,5 @@ def eventually(
 
 
 def wait_out(seconds: float) -> None:
-    """Let time pass that is itself what is tested, such as a timeout; no way to wait for results."""
+    """Let time pass that is itself what is tested, such as a timeout; not to wait for results."""
     time.sleep(seconds)

@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ebpf_svc.config import Settings
 from ebpf_svc.errors import CommandError
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
+from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import serve
 from tests.lib.manifests import TARGET_PORT, Endpoint, Web, node_manifests
 from tests.lib.waiting import eventually
@@ -32,7 +34,12 @@ class World:
     """What the behaviour tests stand on; `close()` removes it."""
 
     def __init__(
-        self, pod_network: PodNetwork, *, cache_dir: Path, settings: Mapping[str, Any] | None = None
+        self,
+        pod_network: PodNetwork,
+        *,
+        cache_dir: Path,
+        mode: str = "ebpf",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.failed = False
         """A test that used this world failed."""
@@ -50,8 +57,9 @@ class World:
             self.manifests = self.cluster.folder / "manifests"
             self.manifests.mkdir()
             self._write("nodes", node_manifests(self.cluster.nodes))
+            update = dict(settings or {})
             self.agents = tuple(
-                Agent(node, self.cluster.settings(node, self.manifests).model_copy(update=settings))
+                Agent(node, self._settings(node).model_copy(update=update), mode=mode)
                 for node in self.cluster.nodes
             )
             # Together: each spends most of its start waiting for its own imports.
@@ -63,6 +71,9 @@ class World:
             self.close()
             raise
         self._numbers = itertools.count(1)
+
+    def _settings(self, node: Node) -> Settings:
+        return self.cluster.settings(node, self.manifests)
 
     @property
     def askers(self) -> tuple[Host, ...]:
@@ -156,7 +167,7 @@ def _state_of(agent: Agent) -> Iterator[tuple[str, str]]:
         "show.json": lambda: agent.command("show", "--json"),
         "nft.txt": lambda: agent.node.run(["nft", "list", "ruleset"]),
         "links.txt": lambda: agent.node.run(["ip", "-d", "-s", "address"]),
-        "filters.txt": lambda: agent.node.run(["bpftool", "net"]),
+        "traces.json": lambda: json.dumps(dict(traces(agent.node)), indent=2),
     }
     for name, look in pieces.items():
         try:
@@ -166,11 +177,13 @@ def _state_of(agent: Agent) -> Iterator[tuple[str, str]]:
 
 
 def _dump_maps(bpffs: Path, folder: Path) -> None:
+    """Keep the content of pinned maps, where bpftool is at hand."""
+    if shutil.which("bpftool") is None:
+        return
     folder.mkdir(exist_ok=True)
     for pin in bpffs.rglob("*"):
         if pin.is_file():
-            done = subprocess.run(
-                ["bpftool", "map", "dump", "pinned", str(pin)], capture_output=True, check=False
-            )
+            argv = ["bpftool", "map", "dump", "pinned", str(pin)]
+            done = subprocess.run(argv, capture_output=True, check=False)
             if done.returncode == 0:
                 (folder / pin.name).write_bytes(done.stdout[:1_000_000])
