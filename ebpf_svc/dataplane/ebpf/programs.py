@@ -52,9 +52,9 @@ def _mapped(kernel_name: str, attach_type: AttachType) -> ProgramSpec:
 DEVICE_PROGRAMS = {
     "pod_ingress": _device("pod_in"),
     "node_ingress": _device("node_in"),
-    "node_ingress_l3": _device("node_in_l3"),
+    "node_ingress_l3": _device("node_in3"),
     "egress": _device("out"),
-    "egress_l3": _device("out_l3"),
+    "egress_l3": _device("out3"),
 }
 SOCKET_PROGRAMS = {
     "connect": _socket("connect", AttachType.INET4_CONNECT, AttachType.INET6_CONNECT),
