@@ -79,6 +79,8 @@ class Allocator:
         self.holdings: Mapping[ServiceName, Holding] = {}
         """What is held, by Services whose manifest is broken too; may be set before first use."""
         self._settled: dict[ServiceName, DeclaredService] = {}
+        self._question: tuple[object, ...] = ()
+        self._answer: Allocation | None = None
         self._taken_ips: set[str] = set()
         self._taken_ports: dict[int, ServiceName] = {}
 
@@ -92,10 +94,15 @@ class Allocator:
         """Bring the record in line with what is declared.
 
         Args:
-            services: the valid Services.
+            services: the valid Services; a mapping that is not changed afterwards.
             reserved: Services whose manifest is there but broken: they keep what they hold.
             release: take back what others hold; False while not all manifests can be read.
         """
+        # Most edits are of endpoints; and dictionaries of the same objects compare fast.
+        question = (services, frozenset(reserved), release)
+        if self._answer is not None and question == self._question:
+            return self._answer
+        self._question = question
         held = dict(self.holdings)
         if release:
             for name in held.keys() - services.keys() - set(reserved):
@@ -125,7 +132,8 @@ class Allocator:
         refused = {name: claim.faults for name, claim in claims.items() if claim.faults}
         self.holdings = held
         self._settled = {name: each for name, each in services.items() if name not in refused}
-        return Allocation({name: held[name] for name in self._settled}, refused)
+        self._answer = Allocation({name: held[name] for name in self._settled}, refused)
+        return self._answer
 
     def _keep(self, service: DeclaredService, old: Holding) -> _Claim:
         """Start a claim with what the Service may keep of what it holds."""

@@ -6,8 +6,11 @@ stays the same object. It reads and writes no file.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 from ebpf_svc.model.endpoint import EndpointSlice
 from ebpf_svc.model.net import family_of
@@ -43,43 +46,41 @@ class _Inventory:
     """All declared objects; the first of a name counts, another is a problem."""
 
     def __init__(self, files: Iterable[tuple[str, Iterable[Parsed]]]) -> None:
-        self.services: dict[ServiceName, DeclaredService] = {}
-        self.slices: list[EndpointSlice] = []
-        self.endpoints: list[DeclaredEndpoints] = []
-        self.pods: list[DeclaredPod] = []
-        self.nodes: dict[str, DeclaredNode] = {}
-        self.reserved: set[ServiceName] = set()
         self.problems: list[Problem] = []
-        self.sources: dict[ObjectRef, str] = {}
-        for source, documents in files:
+        self.invalid: list[ObjectRef] = []
+        self._files = [(source, list(documents)) for source, documents in files]
+        self._sources: dict[ObjectRef, str] = {}
+        objects: dict[ObjectRef, Declared] = {}
+        again: list[tuple[str, ObjectRef]] = []
+        for source, documents in self._files:
             for parsed in documents:
                 self.problems += parsed.problems
-                for ref in parsed.invalid:
-                    if ref.kind is Kind.SERVICE:
-                        self.reserved.add(ServiceName(ref.namespace, ref.name))
+                self.invalid += parsed.invalid
                 for declared in parsed.objects:
-                    self._add(source, declared)
-        self.pods.sort(key=lambda pod: pod.ref)
-
-    def _add(self, source: str, declared: Declared) -> None:
-        ref = declared.ref
-        if ref in self.sources:
-            said = f'Duplicate value: "{ref.name}": declared in {self.sources[ref]} already'
+                    if objects.setdefault(declared.ref, declared) is not declared:
+                        again.append((source, declared.ref))
+        for source, ref in again:
+            said = f'Duplicate value: "{ref.name}": declared in {self.source(ref)} already'
             self.problems.append(Problem(source, str(ref), "metadata.name", said))
-            return
-        self.sources[ref] = source
-        match declared:
-            case DeclaredService():
-                self.services[declared.name] = declared
-            case DeclaredSlice():
-                if declared.slice is not None:
-                    self.slices.append(declared.slice)
-            case DeclaredEndpoints():
-                self.endpoints.append(declared)
-            case DeclaredPod():
-                self.pods.append(declared)
-            case DeclaredNode():
-                self.nodes[ref.name] = declared
+        by_type: defaultdict[type, list[Any]] = defaultdict(list)
+        for declared in objects.values():
+            by_type[type(declared)].append(declared)
+        services: list[DeclaredService] = by_type[DeclaredService]
+        self.services = {service.name: service for service in services}
+        self.slices: list[DeclaredSlice] = by_type[DeclaredSlice]
+        self.endpoints: list[DeclaredEndpoints] = by_type[DeclaredEndpoints]
+        self.pods: list[DeclaredPod] = sorted(by_type[DeclaredPod], key=lambda pod: pod.ref)
+        nodes: list[DeclaredNode] = by_type[DeclaredNode]
+        self.nodes = {node.ref.name: node for node in nodes}
+
+    def source(self, ref: ObjectRef) -> str:
+        """The file an object counts from; only problems ask, so the index is made on demand."""
+        if not self._sources:
+            for source, documents in self._files:
+                for parsed in documents:
+                    for declared in parsed.objects:
+                        self._sources.setdefault(declared.ref, source)
+        return self._sources[ref]
 
     def mirrored(self) -> Iterator[EndpointSlice]:
         """Slices of Endpoints whose Service has no selector to make its own."""
@@ -96,6 +97,7 @@ class ControlPlane:
         self._node_name, self._allocator = node_name, allocator
         self._generator = Generator()
         self._stored: dict[ServiceName, tuple[DeclaredService, Holding, Service]] = {}
+        self._holdings: Mapping[ServiceName, Holding] = {}
 
     def reconcile(
         self, files: Iterable[tuple[str, Iterable[Parsed]]], *, complete: bool = True
@@ -107,10 +109,15 @@ class ControlPlane:
             complete: nothing is missing; else no allocation is taken back.
         """
         inventory = _Inventory(files)
-        outcome = self._allocator.assign(inventory.services, inventory.reserved, release=complete)
+        reserved = {
+            ServiceName(ref.namespace, ref.name)
+            for ref in inventory.invalid
+            if ref.kind is Kind.SERVICE
+        }
+        outcome = self._allocator.assign(inventory.services, reserved, release=complete)
         for name, faults in outcome.refused.items():
             ref = inventory.services[name].ref
-            source = inventory.sources[ref]
+            source = inventory.source(ref)
             inventory.problems += (
                 Problem(source, str(ref), fault.field, fault.message) for fault in faults
             )
@@ -131,6 +138,9 @@ class ControlPlane:
         services: Mapping[ServiceName, DeclaredService],
         holdings: Mapping[ServiceName, Holding],
     ) -> None:
+        if holdings is self._holdings:
+            return
+        self._holdings = holdings
         before, self._stored = self._stored, {}
         for name, holding in holdings.items():
             declared = services[name]
@@ -150,11 +160,12 @@ class ControlPlane:
         zones = {name: node.zone for name, node in inventory.nodes.items()}
         grouped: dict[ServiceName, list[EndpointSlice]] = {}
         generated = self._generator.slices(selecting, inventory.pods, zones)
-        for source in (inventory.slices, inventory.mirrored(), generated):
+        written = (each.slice for each in inventory.slices if each.slice is not None)
+        for source in (written, inventory.mirrored(), generated):
             for item in source:
                 grouped.setdefault(item.service_name, []).append(item)
         return {
-            name: tuple(sorted(items, key=lambda item: item.name))
+            name: tuple(sorted(items, key=attrgetter("name")) if len(items) > 1 else items)
             for name, items in grouped.items()
         }
 

@@ -60,6 +60,7 @@ class DeclaredPort(NamedTuple):
 class DeclaredService:
     """A Service as its manifest asks for it: addresses and ports may still have to be allocated."""
 
+    ref: ObjectRef
     name: ServiceName
     type: ServiceType
     ports: tuple[DeclaredPort, ...]
@@ -86,10 +87,6 @@ class DeclaredService:
     health_check_node_port: int = 0
     publish_not_ready: bool = False
     distribution: Distribution = Distribution.NONE
-
-    @property
-    def ref(self) -> ObjectRef:
-        return ObjectRef(Kind.SERVICE, *self.name)
 
     @property
     def has_cluster_ips(self) -> bool:

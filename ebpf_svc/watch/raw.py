@@ -25,6 +25,9 @@ class Kind(StrEnum):
     POD = "Pod"
     NODE = "Node"
 
+    # Tens of thousands of references are hashed for each edit; Enum's own hash is Python code.
+    __hash__ = str.__hash__
+
     @property
     def api_version(self) -> str:
         return "discovery.k8s.io/v1" if self is Kind.ENDPOINT_SLICE else "v1"

@@ -66,6 +66,7 @@ def declare_service(ref: ObjectRef, service: raw.Service, faults: Faults) -> Dec
     if faults:
         return None
     return DeclaredService(
+        ref=ref,
         name=ServiceName(ref.namespace, ref.name),
         type=service_type,
         ports=ports,
