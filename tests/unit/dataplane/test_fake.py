@@ -47,7 +47,7 @@ def test_fake_fits_the_seam():
     assert dataplane.name == "fake"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(desired_sequences())
 def test_applied_state_is_read_back_and_writes_nothing_twice(states):
     """The law: read(apply(d)) == d, and a second apply writes nothing."""
@@ -60,7 +60,7 @@ def test_applied_state_is_read_back_and_writes_nothing_twice(states):
         assert fake.apply(state, resync=True).repaired == ()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(desired_sequences(), st.data())
 def test_state_holds_once_failures_are_over(states, data):
     """Whatever failed in between, what is held in the end is the last state."""
@@ -85,7 +85,7 @@ def test_state_holds_once_failures_are_over(states, data):
     assert fake.read() == states[-1].view()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(desired_states(), desired_states())
 def test_restart_takes_over_what_an_earlier_run_left(before, after):
     """The first apply after a restart keeps what is right and removes what nobody wants."""
@@ -101,7 +101,7 @@ def test_restart_takes_over_what_an_earlier_run_left(before, after):
     assert not unchanged & {operation.key for operation in second.journal}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(desired_states())
 def test_cleanup_leaves_nothing(state):
     """After cleanup the host holds nothing of ours, also without open."""

@@ -262,7 +262,7 @@ class RangesInUse(RuleBasedStateMachine):
         assert self.pool.take(self.SIZE) == 0, "not all slots came back"
 
 
-IdsInUse.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-RangesInUse.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+IdsInUse.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+RangesInUse.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestIdsInUse = IdsInUse.TestCase
 TestRangesInUse = RangesInUse.TestCase

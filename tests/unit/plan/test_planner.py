@@ -271,7 +271,7 @@ def test_removed_slice_takes_only_its_endpoints():
 # -- laws ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(snapshot_sequences(), plan_options)
 def test_history_does_not_matter(snapshots, options):
     """Planning step by step ends where planning the last Snapshot alone does."""
@@ -286,7 +286,7 @@ def test_history_does_not_matter(snapshots, options):
         last = state
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(snapshot_sequences(max_size=1), plan_options, st.randoms())
 def test_order_of_objects_does_not_matter(snapshots, options, random):
     """Two nodes that heard of the same objects in another order plan alike."""
@@ -305,7 +305,7 @@ def test_order_of_objects_does_not_matter(snapshots, options, random):
     assert Planner(options).plan(shuffled) == Planner(options).plan(snapshot)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(snapshot_sequences(max_size=2), plan_options)
 def test_states_keep_what_the_model_promises(snapshots, options):
     """One owner a frontend, everything sorted, lists only with endpoints, filters only on VIPs."""
