@@ -9,11 +9,13 @@ import signal
 import socket
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 from ebpf_svc import __version__
 from ebpf_svc.config import Settings
-from ebpf_svc.errors import ConfigError
+from ebpf_svc.errors import ConfigError, UnsupportedHost
 from ebpf_svc.host.lock import DirectoryLock
+from ebpf_svc.host.mounts import ensure_bpffs
 from ebpf_svc.log import get_logger
 from ebpf_svc.modes import make_dataplane
 from ebpf_svc.plan.options import PlanOptions
@@ -54,6 +56,8 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
     with ExitStack() as stack:
         stack.enter_context(DirectoryLock(settings.run_dir))
         if mode == "ebpf":
+            # Mounted first: the lock must lie on what every agent will find there.
+            _mount_bpffs(settings.ebpf.bpffs)
             stack.enter_context(DirectoryLock(settings.ebpf.bpffs))
         log.info("agent.starting", version=__version__, node=node, mode=mode)
         store = Store(node)
@@ -70,6 +74,15 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
         stack.callback(files.stop)
         loop.run()
     log.info("agent.stopped")
+
+
+def _mount_bpffs(path: Path) -> None:
+    try:
+        ensure_bpffs(path)
+    except PermissionError:
+        raise
+    except OSError as exc:
+        raise UnsupportedHost([f"{path}: {exc.strerror} (mount -t bpf bpf {path})"]) from exc
 
 
 def settle_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from ebpf_svc.cli import FAILURE
 from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.inspect import ShowsParts
-from ebpf_svc.errors import DataplaneError
-from ebpf_svc.host.lock import DirectoryLock
+from ebpf_svc.errors import DataplaneError, UnsupportedHost
+from ebpf_svc.host.lock import DirectoryLock, lock_holder
 from ebpf_svc.modes import MODES, make_dataplane
 from ebpf_svc.status import STATE, STATUS
 
@@ -35,10 +34,11 @@ def command(**options: Any) -> None:
     Next: nothing is left; `ebpf-svc run` starts from empty.
     """
     settings = settings_from(options)
-    with ExitStack() as locks:
-        for directory in (settings.run_dir, settings.ebpf.bpffs):
-            if directory.is_dir():
-                locks.enter_context(DirectoryLock(directory))
+    # Only looked at, not locked: an open folder keeps its file system from being unmounted.
+    pid = lock_holder(settings.ebpf.bpffs)
+    if pid is not None:
+        raise UnsupportedHost([f"an agent (pid {pid}) uses {settings.ebpf.bpffs}: stop it first"])
+    with DirectoryLock(settings.run_dir):
         removed, failures = _remove(settings)
     _remove_directory(settings.run_dir)
     for line in removed:

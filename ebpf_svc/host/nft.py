@@ -26,6 +26,12 @@ _ALL = 0xFFFFFFFF
 class MasqueradeRules(Protocol):
     """The rules of one network namespace, that of the calling thread."""
 
+    name: str
+    """What they are called in the tool's listing."""
+
+    def exists(self) -> bool:
+        """Whether anything of ours is there, in whatever shape; raises CommandError."""
+
     def apply(self) -> None:
         """Make the rules be there, whatever was there before; raises CommandError."""
 
@@ -69,9 +75,14 @@ add rule {TABLE} clear {marked} meta mark set meta mark & {_ALL & ~mark:#010x}
 class NftRules:
     """The rules as an nftables table of both families."""
 
+    name = f"table {TABLE}"
+
     def __init__(self, mark: int) -> None:
         self._mark = mark
         self._applied: str | None = None
+
+    def exists(self) -> bool:
+        return self._list() is not None
 
     def apply(self) -> None:
         text = render(self._mark)
@@ -107,6 +118,7 @@ class IptablesRules:
     """The rules as a chain of the nat table, once a family."""
 
     TOOLS = ("iptables", "ip6tables")
+    name = f"chain {CHAIN}"
 
     def __init__(self, mark: int) -> None:
         bit = f"{mark:#x}"
@@ -115,6 +127,9 @@ class IptablesRules:
             ["-j", "MARK", "--set-xmark", f"0x0/{bit}"],
             ["-j", "MASQUERADE", "--random-fully"],
         )
+
+    def exists(self) -> bool:
+        return any(_succeeds(tool, "-S", CHAIN) for tool in self.TOOLS)
 
     def apply(self) -> None:
         lines = [f":{CHAIN} - [0:0]", *(f"-A {CHAIN} {' '.join(rule)}" for rule in self._rules)]
