@@ -37,9 +37,11 @@ class Agent:
         self.node, self.settings = node, settings
         self._mode = mode
         self.log_path = node.folders.root / "agent.log"
-        self._config = node.folders.root / "agent.json"
+        """The agent's log, restarts included."""
+        self.config = node.folders.root / "agent.json"
+        """Its settings file, for commands of the tool."""
         # JSON is YAML too.
-        self._config.write_text(settings.model_dump_json(indent=2))
+        self.config.write_text(settings.model_dump_json(indent=2))
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Agent:
@@ -62,9 +64,11 @@ class Agent:
         """
         begun = time.monotonic()
         argv = [*python_argv("ebpf_svc.cli"), "run", "--mode", self._mode]
-        argv += ["--config", str(self._config)]
+        argv += ["--config", str(self.config)]
         with self.log_path.open("a") as log:
-            self._process = self.node.popen(argv, stdout=log, stderr=log)
+            self._process = self.node.popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         if not wait:
             return 0.0
         self.wait_ready()
@@ -108,7 +112,7 @@ class Agent:
 
     def command(self, *words: str) -> str:
         """Run another command of the tool on the node, e.g. `show --json`; raises CommandError."""
-        argv = [*python_argv("ebpf_svc.cli"), *words, "--config", str(self._config)]
+        argv = [*python_argv("ebpf_svc.cli"), *words, "--config", str(self.config)]
         return self.node.run(argv)
 
     def cleanup(self) -> None:

@@ -135,7 +135,13 @@ class Cluster:
         return drawing.draw(self)
 
     def keep(self) -> None:
-        """Let the cluster outlive this process; `cleanup_leftovers(kept=True)` removes it."""
+        """Let the cluster outlive this process, servers included.
+
+        `python -m ebpf_svc.testbed.leftovers` removes it, or `cleanup_leftovers(kept=True)`.
+        """
+        for host in (*self._hosts, *self.pods):
+            if host.has_peer:
+                host.peer.call("stay")
         leftovers.keep(self.folder)
 
     def close(self) -> None:

@@ -95,3 +95,8 @@ def _start_time(pid: int) -> int:
 def _namespaces(cluster_id: str) -> tuple[str, ...]:
     prefix = f"{NAME_PREFIX}{cluster_id}-"
     return tuple(sorted(path.name for path in kernel.NETNS_DIR.glob(f"{prefix}*")))
+
+
+if __name__ == "__main__":
+    for removed in cleanup(kept=True):
+        print(f"removed cluster {removed}")

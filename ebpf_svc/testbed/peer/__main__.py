@@ -26,10 +26,15 @@ class Peer:
         self._next = 0
         self._lock = threading.Lock()
         self._probes = ThreadPoolExecutor(THREADS)
+        self.stays = False
 
     def serve(self, name: str, ports: list[tuple[str, int]], address: str = "") -> None:
         for protocol, port in ports:
             self._server.serve(name, protocol, port, address)
+
+    def stay(self) -> None:
+        """Go on serving when standard input ends."""
+        self.stays = True
 
     def stop_serving(self, ports: list[tuple[str, int]]) -> None:
         for protocol, port in ports:
@@ -91,6 +96,8 @@ def main() -> None:
     with ThreadPoolExecutor(THREADS) as commands:
         for line in sys.stdin:
             commands.submit(execute, json.loads(line))
+    if peer.stays:
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 IP_PKTINFO = 8  # socket.IP_PKTINFO exists from Python 3.14 only
 MAX_DATAGRAM_BYTES = 65_507
+HTTP_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
 _PACKET_INFO_BYTES = 64
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -115,9 +116,13 @@ class Server:
         try:
             for line in lines:
                 answer = self._answer(self._connections[conn], line, conn.getpeername()[:2])
+                is_http = line.startswith(b"GET ")
                 conn.setblocking(True)
-                conn.sendall(answer + b"\n")
+                conn.sendall((HTTP_HEAD if is_http else b"") + answer + b"\n")
                 conn.setblocking(False)
+                if is_http:  # for people with curl; the rest of their request is headers
+                    self._forget(conn)
+                    return
         except OSError:
             self._forget(conn)
 
