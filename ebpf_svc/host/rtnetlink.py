@@ -174,9 +174,21 @@ class Notifications:
             data = self._socket.recv(_RECEIVE_BYTES)
         except OSError as error:
             if error.errno == errno.ENOBUFS:
+                self._drain()
                 raise Overrun from error
             raise
         return [Message(kind, body) for kind, _, _, body in _messages(data)]
+
+    def _drain(self) -> None:
+        """Empty the queue: until then the kernel drops what comes without telling again."""
+        while True:
+            try:
+                self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def wake(self) -> None:
         """End the current or next `wait`."""
