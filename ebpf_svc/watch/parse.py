@@ -131,26 +131,35 @@ class _Builder:
 
     def _mapping(self, depth: int) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
-        merged: list[Any] = []
+        merged: list[dict[str, Any]] = []
         while (event := self._next()).__class__ is not yaml.MappingEndEvent:
-            if event.__class__ is yaml.ScalarEvent:
-                key = event.value
-            elif event.__class__ is yaml.AliasEvent:
-                key = str(self.build(event, depth))
-            else:
-                raise _error(event, "a key must be a string")
+            key = self._key(event)
             value = self.build(self._next(), depth + 1)
-            if key == "<<" and event.implicit[0]:
-                merged += value if isinstance(value, list) else [value]
+            if key is None:
+                others = value if isinstance(value, list) else [value]
+                if not all(isinstance(other, dict) for other in others):
+                    raise _error(event, "map merge requires map")
+                merged += others
             elif key in mapping:
                 raise _error(event, f'key "{key}" already set in map')
             else:
                 mapping[key] = value
         for other in merged:
-            if not isinstance(other, dict):
-                raise yaml.constructor.ConstructorError(None, None, "map merge requires map")
             mapping = {**other, **mapping}
         return mapping
+
+    def _key(self, event: Any) -> str | None:
+        """A key; keys are text, whatever they look like. None is the one that merges."""
+        if event.__class__ is yaml.ScalarEvent:
+            key: str = event.value
+            if event.anchor:
+                self._anchors[event.anchor] = key
+            return None if key == "<<" and event.implicit[0] else key
+        if event.__class__ is yaml.AliasEvent:
+            value = self._anchors.get(event.anchor or "")
+            if isinstance(value, str):
+                return value
+        raise _error(event, "a key must be a string")
 
 
 def _resolve(event: Any) -> Any:
