@@ -30,7 +30,7 @@ FRONTENDS = (
     Frontend("NodePort node1", lambda stage: stage.node_port_targets("web-nodeport", "node1")),
     Frontend("NodePort node2", lambda stage: stage.node_port_targets("web-nodeport", "node2")),
     Frontend(
-        "NodePort localhost",
+        "NodePort lo",
         lambda stage: stage.targets("web-nodeport", FrontendKind.NODE_PORT, "localhost"),
         (Asker.HOST,),
     ),

@@ -9,15 +9,18 @@ from typing import Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.panel import Panel
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from ebpf_svc.demo.frontends import REQUESTS
 from ebpf_svc.demo.report import Asker, Probe, Report, Step
 
 PLAIN_WIDTH = 120
+LEGEND = f"two marks: IPv4 and IPv6, {REQUESTS} requests each; right: who answered\n"
 REFRESHES_PER_S = 10
+TALL = 42
+"""Lines a terminal needs to show the drawing of the cluster too."""
 HELD, BROKEN = "✓", "✗"
 
 
@@ -140,14 +143,16 @@ class LiveScreen:
     def _body(self) -> RenderableType:
         if not self._report.topology:
             return Text("")
-        drawing = Panel(Text(self._report.topology, no_wrap=True), border_style="dim", expand=False)
-        return Group(drawing, _summary(self._report))
+        summary = _summary(self._report)
+        if self._console.height < TALL:
+            return summary
+        return Group(Text(self._report.topology + "\n", no_wrap=True, style="dim"), summary)
 
 
 def _summary(report: Report) -> RenderableType:
     parts: list[RenderableType] = []
     if report.probes:
-        parts.append(_frontend_table(report.probes))
+        parts += [_frontend_table(report.probes), Text(LEGEND, style="dim")]
     if report.steps:
         parts.append(_step_table(report.steps))
     return Group(*parts)
@@ -156,13 +161,13 @@ def _summary(report: Report) -> RenderableType:
 def _frontend_table(probes: Sequence[Probe]) -> Table:
     """A line a frontend: asked from where, by TCP and UDP, in IPv4 and IPv6; who answered."""
     servers = sorted({server for probe in probes for server in probe.servers})
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("frontend", "address"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(f"\n{heading}", no_wrap=True)
     for asker in Asker:
-        table.add_column(f"from {asker.value}", no_wrap=True)
+        table.add_column(f"{asker.value}\nTCP UDP", no_wrap=True)
     for server in servers:
-        table.add_column(server, justify="right", no_wrap=True)
+        table.add_column(f"\n{server}", justify="right", no_wrap=True)
     for name in dict.fromkeys(probe.frontend for probe in probes):
         group = [probe for probe in probes if probe.frontend == name]
         counts = [sum(probe.servers[server] for probe in group) for server in servers]
@@ -173,16 +178,19 @@ def _frontend_table(probes: Sequence[Probe]) -> Table:
 
 
 def _asker_cell(group: Sequence[Probe], asker: Asker) -> Text:
-    """`TCP ✓✓ UDP ✓✓`: a mark a family."""
-    cell = Text()
+    """`✓✓  ✓✓`: TCP and UDP, for each a mark of IPv4 and one of IPv6."""
     asked = [probe for probe in group if probe.asker is asker]
-    for protocol in sorted({probe.protocol for probe in asked}):
-        cell.append(f"{protocol.value} ")
-        for probe in sorted(asked, key=lambda probe: probe.family):
-            if probe.protocol is protocol:
-                cell.append_text(_mark(probe.held))
-        cell.append(" ")
-    return cell if asked else Text("-", style="dim")
+    by_protocol = [
+        Text.assemble(
+            *(
+                _mark(probe.held)
+                for probe in sorted(asked, key=lambda probe: probe.family)
+                if probe.protocol is protocol
+            )
+        )
+        for protocol in sorted({probe.protocol for probe in asked})
+    ]
+    return Text("  ").join(by_protocol) if asked else Text("-", style="dim")
 
 
 def _step_table(steps: Sequence[Step]) -> Table:

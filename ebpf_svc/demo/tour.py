@@ -65,7 +65,7 @@ class Tour:
     def _walk(self, cluster: Cluster, *, keep: bool) -> str:
         """Show everything; returns how to enter a cluster that is kept, else an empty text."""
         stage = Stage(cluster)
-        self._report.topology = cluster.describe()
+        self._report.topology = cluster.describe(brief=True)
         hosts = 2 + len(cluster.nodes) + len(list(cluster.pods))
         self._step(Step("the cluster is up", True, f"{hosts} hosts after {self._elapsed()}"))
         self._screen.note("starting an agent on each node")

@@ -130,9 +130,9 @@ class Cluster:
             ),
         )
 
-    def describe(self) -> str:
-        """The topology as a drawing, for logs and failed tests."""
-        return drawing.draw(self)
+    def describe(self, *, brief: bool = False) -> str:
+        """The topology as a drawing; unless brief, with devices and namespaces."""
+        return drawing.draw(self, brief=brief)
 
     def keep(self) -> None:
         """Let the cluster outlive this process, servers included.
