@@ -1,0 +1,36 @@
+"""The `world` every packet test sends its packets through: once an IPv4 one, once an IPv6 one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpf_svc.dataplane.ebpf.artifact import Artifact
+from ebpf_svc.model.net import Family
+from tests.lib.packet_world import World, artifacts
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Artifact]:
+    """Both families' programs, compiled once."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: programs are loaded into the kernel")
+    return artifacts(Path(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture(scope="session", params=list(Family), ids=lambda family: f"ipv{int(family)}")
+def loaded(request: pytest.FixtureRequest, compiled: dict[Family, Artifact]) -> Iterator[World]:
+    """One family's programs and maps, loaded once."""
+    world = World(request.param, compiled[request.param])
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def world(loaded: World) -> World:
+    """The same, with empty maps."""
+    loaded.reset()
+    return loaded
