@@ -25,6 +25,18 @@ static __always_inline void note(struct flow_value *flow, __u8 state)
 		flow->state |= state;
 }
 
+/* Has a flow ended, so that its client may use its port for another? */
+static __always_inline bool flow_ended(const struct flow_value *flow, __u8 proto, __u32 now)
+{
+	__u32 idle_s = now - flow->seen_s;
+
+	if (proto == IPPROTO_UDP)
+		return idle_s > UDP_IDLE_S;
+	if (flow->state & (STATE_CLIENT_FIN | STATE_BACKEND_FIN | STATE_RESET))
+		return true;
+	return !(flow->state & STATE_ESTABLISHED) && idle_s > SYN_IDLE_S;
+}
+
 /* May this packet of the client go on with a flow it once had? */
 static __always_inline bool flow_holds(const struct flow_value *flow, const struct packet *pkt,
 				       __u32 now)
@@ -32,35 +44,40 @@ static __always_inline bool flow_holds(const struct flow_value *flow, const stru
 	__u32 id = flow->backend_id;
 	struct backend_value *backend;
 
-	if (pkt->proto == IPPROTO_TCP) {
-		/* Established TCP stays with its backend whatever becomes of it (P12). */
-		if (!is_opening(pkt))
-			return true;
-		if (flow->state & (STATE_CLIENT_FIN | STATE_BACKEND_FIN | STATE_RESET))
-			return false;
-		if (!(flow->state & STATE_ESTABLISHED) && now - flow->seen_s > SYN_IDLE_S)
-			return false;
-	} else if (now - flow->seen_s > UDP_IDLE_S) {
+	/* Established TCP stays with its backend whatever becomes of it (P12). */
+	if (pkt->proto != IPPROTO_UDP && !is_opening(pkt))
+		return true;
+	if (flow_ended(flow, pkt->proto, now))
 		return false;
-	}
 	/* A UDP flow, or one about to open, follows the endpoint's life (C5). */
 	backend = backends.lookup(&id);
 	return backend && backend->service && (backend->flags & BACKEND_SERVING);
 }
 
 /* The flow of a request, or NULL with key ready for a new one. A client that
- * reaches two frontends of one service port from one port has two flows.
+ * reaches two frontends of one service port from one port has two flows, the
+ * other of which is then *other.
  */
 static __always_inline struct flow_value *flow_of_request(struct flow_key *key,
-							   const struct l4_addr *frontend)
+							   const struct l4_addr *frontend,
+							   struct flow_value **other)
 {
-	struct flow_value *flow = flows.lookup(key);
+	struct flow_value *first = flows.lookup(key), *second;
 
-	if (!flow || l4_addr_equal(&flow->frontend, frontend))
-		return flow;
+	*other = NULL;
+	if (first && l4_addr_equal(&first->frontend, frontend))
+		return first;
+	/* Also without a first one: it may have been evicted. */
 	key->second = 1;
-	flow = flows.lookup(key);
-	return flow && l4_addr_equal(&flow->frontend, frontend) ? flow : NULL;
+	second = flows.lookup(key);
+	if (second && l4_addr_equal(&second->frontend, frontend))
+		return second;
+	*other = first;
+	if (!first) {
+		*other = second;
+		key->second = 0;
+	}
+	return NULL;
 }
 
 /* The flow that from -> client answers, or NULL when it is no reply of a
@@ -68,19 +85,17 @@ static __always_inline struct flow_value *flow_of_request(struct flow_key *key,
  */
 static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
 							 const struct addr *client,
-							 __be16 client_port)
+							 __be16 client_port, struct flow_key *key)
 {
-	struct flow_key key = {
-		.client = *client,
-		.client_port = client_port,
-		.proto = from->proto,
-	};
 	__u32 *head = backend_index.lookup(from);
 	__u32 id;
 	int i;
 
 	if (!head)
 		return NULL;
+	key->client = *client;
+	key->client_port = client_port;
+	key->proto = from->proto;
 	id = *head;
 	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
 		struct backend_value *backend = backends.lookup(&id);
@@ -88,13 +103,13 @@ static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
 
 		if (!backend)
 			return NULL;
-		key.service = backend->service;
-		key.second = 0;
-		flow = flows.lookup(&key);
-		if (flow && flow->backend_id != id) {
-			key.second = 1;
-			flow = flows.lookup(&key);
-		}
+		key->service = backend->service;
+		key->second = 0;
+		flow = flows.lookup(key);
+		if (flow && flow->backend_id == id)
+			return flow;
+		key->second = 1;
+		flow = flows.lookup(key);
 		if (flow && flow->backend_id == id)
 			return flow;
 		id = backend->next;
@@ -111,14 +126,14 @@ static __always_inline void note_reply(struct flow_value *flow, const struct pac
 		note(flow, STATE_ESTABLISHED);
 }
 
-/* A stale flow must not catch the reply of a later connection that the same
- * client opened to the endpoint itself.
+/* A flow that has ended must not catch the answers to a later connection that
+ * the same client opens to the endpoint itself. A backend that has not ended its
+ * side may still be repeating its SYN-ACK.
  */
 static __always_inline bool reply_is_stale(const struct flow_value *flow, const struct packet *pkt,
 					   __u32 now)
 {
-	if (pkt->proto == IPPROTO_TCP)
-		return (pkt->tcp_flags & TCP_SYN) &&
-		       (flow->state & (STATE_CLIENT_FIN | STATE_BACKEND_FIN | STATE_RESET));
-	return now - flow->seen_s > UDP_IDLE_S;
+	if (pkt->proto == IPPROTO_UDP)
+		return now - flow->seen_s > UDP_IDLE_S;
+	return (pkt->tcp_flags & TCP_SYN) && (flow->state & (STATE_BACKEND_FIN | STATE_RESET));
 }

@@ -92,10 +92,12 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	struct l4_addr frontend = {};
 	struct flow_key key = {};
 	struct frontend_value *service;
-	struct flow_value *flow;
+	struct flow_value *flow, *other;
 	struct rewrite quoted;
 
 	if (!is_icmp_error(pkt) || parse_quoted(skb, pkt, &inner) != NEXT)
+		return NOT_OURS;
+	if (!addr_equal(&pkt->dst, &inner.src))	/* not to whom it is about: forged */
 		return NOT_OURS;
 	frontend.addr = inner.src;
 	frontend.port = inner.sport;
@@ -107,7 +109,7 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	key.client_port = inner.dport;
 	key.service = service->service;
 	key.proto = inner.proto;
-	flow = flow_of_request(&key, &frontend);
+	flow = flow_of_request(&key, &frontend, &other);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	quoted.src = flow->backend.addr;
@@ -127,16 +129,19 @@ static __always_inline int error_to_client(struct __sk_buff *skb, struct packet 
 {
 	struct packet inner = {};
 	struct l4_addr backend = {};
+	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite quoted;
 	struct addr src;
 
 	if (!is_icmp_error(pkt) || parse_quoted(skb, pkt, &inner) != NEXT)
 		return NOT_OURS;
+	if (!addr_equal(&pkt->dst, &inner.src))
+		return NOT_OURS;
 	backend.addr = inner.dst;
 	backend.port = inner.dport;
 	backend.proto = inner.proto;
-	flow = flow_of_reply(&backend, &inner.src, inner.sport);
+	flow = flow_of_reply(&backend, &inner.src, inner.sport, &key);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	quoted.src = inner.src;

@@ -22,7 +22,7 @@ struct packet {
 	__be16 sport;
 	__be16 dport;
 	__u8   proto;
-	__u8   tcp_flags;
+	__u8   tcp_flags;	/* for SCTP: what its first chunk would be in TCP */
 	__u8   fragment;	/* enum fragment */
 	__u8   icmp_type;
 	__u32  fragment_id;
@@ -53,7 +53,7 @@ struct packet {
 #define PORTS_BYTES 4
 #define TCP_HEADER_BYTES 20
 #define UDP_HEADER_BYTES 8
-#define SCTP_HEADER_BYTES 12
+#define SCTP_HEADER_BYTES 16	/* with that of the first chunk */
 
 /* Enough for any header chain worth translating: Ethernet, an IP header with
  * options or extensions, TCP without options.
@@ -138,6 +138,28 @@ static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
 }
 #endif
 
+#define SCTP_INIT 1
+#define SCTP_INIT_ACK 2
+#define SCTP_ABORT 6
+#define SCTP_SHUTDOWN 7
+
+/* An association opens and ends as a connection does, in other words. */
+static __always_inline __u8 sctp_as_tcp(__u8 chunk)
+{
+	switch (chunk) {
+	case SCTP_INIT:
+		return TCP_SYN;
+	case SCTP_INIT_ACK:
+		return TCP_SYN | TCP_ACK;
+	case SCTP_ABORT:
+		return TCP_RST;
+	case SCTP_SHUTDOWN:
+		return TCP_FIN;
+	default:
+		return TCP_ACK;
+	}
+}
+
 /* Ports, TCP flags, ICMP type. A segment too short for its own header is left
  * to the stack, which knows what to do with it.
  */
@@ -159,6 +181,7 @@ static __always_inline int parse_l4(void *data, void *end, struct packet *pkt)
 	case IPPROTO_SCTP:
 		if (l4 + SCTP_HEADER_BYTES > end)
 			return NOT_OURS;
+		pkt->tcp_flags = sctp_as_tcp(*(__u8 *)(l4 + 12));
 		break;
 	case PROTO_ICMP:
 		if (l4 + ICMP_HEADER_BYTES > end)
@@ -207,7 +230,7 @@ static __always_inline bool is_transport(const struct packet *pkt)
 	       pkt->proto == IPPROTO_SCTP;
 }
 
-/* A TCP segment that opens a connection. */
+/* The packet that opens a connection or association. */
 static __always_inline bool is_opening(const struct packet *pkt)
 {
 	return (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;

@@ -11,6 +11,7 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 {
 	struct packet pkt = {};
 	struct l4_addr from = {};
+	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite to;
 	__u32 now;
@@ -30,12 +31,14 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	from.addr = pkt.src;
 	from.port = pkt.sport;
 	from.proto = pkt.proto;
-	flow = flow_of_reply(&from, &pkt.dst, pkt.dport);
+	flow = flow_of_reply(&from, &pkt.dst, pkt.dport, &key);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	now = now_s();
-	if (reply_is_stale(flow, &pkt, now))
+	if (reply_is_stale(flow, &pkt, now)) {
+		flows.delete(&key);
 		return NOT_OURS;
+	}
 	touch(flow, now);
 	note_reply(flow, &pkt);
 	if (pkt.fragment == FRAGMENT_FIRST)

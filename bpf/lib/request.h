@@ -37,8 +37,8 @@ static __always_inline bool source_allowed(const struct packet *pkt, __u32 range
  */
 static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 				     const struct l4_addr *to, const struct frontend_value *frontend,
-				     struct flow_key *key, struct flow_value *flow, __u32 source,
-				     bool pod_device)
+				     struct flow_key *key, struct flow_value *flow,
+				     const struct flow_value *other, __u32 source, bool pod_device)
 {
 	__u32 now = now_s(), id;
 	struct backend_value *backend;
@@ -46,17 +46,29 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 
 	if (frontend->flags & FRONTEND_DRAINING)
 		return NOT_OURS;
-	/* Mid-stream TCP we never saw open belongs to whoever translated its
+	/* A connection we never saw open belongs to whoever translated its
 	 * first packet, as kube-proxy did before the switch.
 	 */
-	if (pkt->proto == IPPROTO_TCP && !is_opening(pkt))
+	if (pkt->proto != IPPROTO_UDP && !is_opening(pkt))
 		return NOT_OURS;
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(pkt, frontend->ranges))
 		return drop(DROP_SOURCE_RANGE);
 	if (frontend->flags & FRONTEND_REJECT)
 		return refuse(skb, pkt);
 	list = list_for(frontend, source);
+	if (other && flow_ended(other, pkt->proto, now)) {
+		struct flow_key ended = *key;
+
+		ended.second = !key->second;
+		flows.delete(&ended);
+		other = NULL;
+	}
 	id = choose(frontend, &list, pkt, now);
+	if (other && other->backend_id == id && id != NO_BACKEND) {
+		id = choose_beside(&list, id);
+		if (id == NO_BACKEND)
+			return drop(DROP_CLIENT_PORT_CLASH);
+	}
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend)
 		return drop(DROP_NO_LOCAL_ENDPOINT);
@@ -118,7 +130,8 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *pkt)
 {
 	struct l4_addr from = { .addr = pkt->src, .port = pkt->sport, .proto = pkt->proto };
-	struct flow_value *flow = flow_of_reply(&from, &pkt->src, pkt->dport);
+	struct flow_key key = {};
+	struct flow_value *flow = flow_of_reply(&from, &pkt->src, pkt->dport, &key);
 	struct rewrite to = { .dst = pkt->src, .sport = pkt->sport, .dport = pkt->dport };
 	int verdict;
 
@@ -126,7 +139,10 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 		return drop(DROP_DISCARDED);
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
+	touch(flow, now_s());
 	note_reply(flow, pkt);
+	if (pkt->fragment == FRAGMENT_FIRST)
+		fragment_remember(pkt);
 	verdict = rewrite(skb, pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0);
 	return verdict == NEXT ? send_back(skb, pkt->l3) : verdict;
 }
@@ -141,7 +157,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	struct flow_key key = {};
 	struct flow_value fresh = {};
 	struct frontend_value *frontend;
-	struct flow_value *flow;
+	struct flow_value *flow, *other;
 	__u32 source;
 	int verdict;
 
@@ -166,10 +182,11 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	key.service = frontend->service;
 	key.client_port = pkt.sport;
 	key.proto = pkt.proto;
-	flow = flow_of_request(&key, &to);
+	flow = flow_of_request(&key, &to, &other);
 	if (!flow || !flow_holds(flow, &pkt, now_s())) {
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
-		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, source, pod_device);
+		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
+				    pod_device);
 		if (verdict != NEXT)
 			return verdict;
 		flow = &fresh;

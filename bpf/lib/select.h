@@ -113,3 +113,27 @@ static __always_inline __u32 choose(const struct frontend_value *frontend,
 		affinity_renew(&client, id, now_s);
 	return id;
 }
+
+#define BESIDE_TRIES 8
+
+/* Another backend of the list than id, where this client's port is taken by its
+ * flow to another address of the service: the backend could not tell the two
+ * apart. NO_BACKEND when there is none.
+ */
+static __always_inline __u32 choose_beside(const struct list *list, __u32 id)
+{
+	__u32 fraction = bpf_get_prandom_u32(), step;
+	int i;
+
+	if (!list->count)
+		return NO_BACKEND;
+	step = 0xffffffff / list->count + 1;
+	for (i = 0; i < BESIDE_TRIES; i++) {
+		__u32 other = backend_at(list, fraction);
+
+		if (other != id)
+			return other;
+		fraction += step;
+	}
+	return NO_BACKEND;
+}
