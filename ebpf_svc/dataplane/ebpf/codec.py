@@ -49,7 +49,8 @@ class Codec:
         self._af = socket.AF_INET if family is Family.V4 else socket.AF_INET6
         self.pton = partial(socket.inet_pton, self._af)
         at, backend = tables.frontends.key, tables.backends.value
-        self._at, self._at_layout = at.packer(*_AT), at
+        self.at_raw, self._at_layout = at.packer(*_AT), at
+        """Packs an `l4_addr` of what a struct holds: address in bytes, port in wire order."""
         tables.backend_index.key.require(*_AT)
         self._backend, self._backend_layout = backend.packer(*_BACKEND), backend
         self._frontend = tables.frontends.value.packer(*FrontendValue._fields)
@@ -61,14 +62,14 @@ class Codec:
         self.next_offset = offset_of(backend, "next")
         self.flags_offset = offset_of(backend, "flags")
         self._no_address = self.pton("0.0.0.0" if family is Family.V4 else "::")
-        self._ends = _Ends(self._at, self._no_address)
-        probe = self._at(self._no_address, 1, 2)
+        self._ends = _Ends(self.at_raw, self._no_address)
+        probe = self.at_raw(self._no_address, 1, 2)
         if self._backend(self._no_address, 1, 2, 3, 4, 5) != probe + self.tail(3, 4, 5):
             raise LayoutMismatch(backend.name, kernel=backend.fields, python="its l4_addr first")
 
     def at(self, address: str, port: int, protocol: int) -> bytes:
         """An `l4_addr`: the key of a frontend, and of a backend in the index."""
-        return self._at(self.pton(address), wire_port(port), protocol)
+        return self.at_raw(self.pton(address), wire_port(port), protocol)
 
     def ats(self, backends: Sequence[Backend], protocol: int) -> list[bytes]:
         """`at` of each endpoint of a service port."""
@@ -93,6 +94,14 @@ class Codec:
         return FrontendKey(
             socket.inet_ntop(self._af, addr), wire_port(port), Protocol.from_number(protocol)
         )
+
+    def readable(self, at: bytes) -> str:
+        """An `l4_addr` for people, also one nobody of ours wrote."""
+        try:
+            return str(self.frontend_key(at))
+        except KeyError:
+            address, port = self.endpoint(at)
+            return f"{address} port {port} protocol {self.protocol(at)}"
 
     def frontend(self, value: FrontendValue) -> bytes:
         return self._frontend(*value)

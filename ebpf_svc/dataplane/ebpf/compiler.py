@@ -50,11 +50,35 @@ def obtain(
         UnsupportedHost: no bcc or no headers, and nothing in the cache.
     """
     unit = source.unit_text() if text is None else text
+    found, missing = _look_up(families, cache_dir, extra_defines or {}, unit)
+    if missing:
+        found |= _compile_all(unit, missing, cache_dir)
+    return found
+
+
+def is_cached(
+    families: Sequence[Family],
+    cache_dir: Path,
+    *,
+    extra_defines: Mapping[Family, Mapping[str, str]] | None = None,
+) -> bool:
+    """Whether `obtain` would need no compiler for our own unit."""
+    _, missing = _look_up(families, cache_dir, extra_defines or {}, source.unit_text())
+    return not missing
+
+
+def _look_up(
+    families: Sequence[Family],
+    cache_dir: Path,
+    extra_defines: Mapping[Family, Mapping[str, str]],
+    unit: str,
+) -> tuple[dict[Family, Artifact], dict[Family, tuple[Path, dict[str, str]]]]:
+    """Artifacts the cache has, and for the others where they will be and their defines."""
     found: dict[Family, Artifact] = {}
     missing: dict[Family, tuple[Path, dict[str, str]]] = {}
     bcc = toolchain.bcc_version()
     for family in families:
-        defines = {**constants.defines(family), **(extra_defines or {}).get(family, {})}
+        defines = {**constants.defines(family), **extra_defines.get(family, {})}
         stem = f"ipv{int(family)}-{artifact.source_key(unit, defines)[:32]}"
         for path in _candidates(cache_dir, stem, bcc):
             cached = artifact.read(path)
@@ -63,9 +87,7 @@ def obtain(
                 break
         else:
             missing[family] = (_path(cache_dir, stem, bcc or "none"), defines)
-    if missing:
-        found |= _compile_all(unit, missing, cache_dir)
-    return found
+    return found, missing
 
 
 def _path(cache_dir: Path, stem: str, bcc: str) -> Path:

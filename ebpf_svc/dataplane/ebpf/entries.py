@@ -35,6 +35,10 @@ _KINDS = tuple(FrontendKind)
 _KIND_MASK = 0x3
 
 
+ALLOWED = 1
+"""Value of a source range; only that it is there counts."""
+
+
 class ListName(IntEnum):
     """The slot lists a service port may own; its frontends share them."""
 

@@ -21,6 +21,7 @@ from ebpf_svc.dataplane.ebpf.maglev import TableCache
 from ebpf_svc.dataplane.ebpf.render import Renderer
 from ebpf_svc.dataplane.ebpf.state import GRACE_S, FamilyState
 from ebpf_svc.dataplane.ebpf.tables import Tables
+from ebpf_svc.dataplane.ebpf.verify import FamilyVerifier
 from ebpf_svc.dataplane.ebpf.write import Writer
 from ebpf_svc.errors import ApplyError, DataplaneError
 from ebpf_svc.model.desired import (
@@ -41,6 +42,7 @@ class _FamilyParts:
     state: FamilyState
     renderer: Renderer
     writer: Writer
+    verifier: FamilyVerifier
 
 
 class Forwarding:
@@ -59,9 +61,15 @@ class Forwarding:
                 family, codec=Codec(family, of_family), tables=of_family, slots=self._slots
             )
             renderer = Renderer(state, tables.slots, use_maglev=settings.maglev, options=options)
-            self._families[family] = _FamilyParts(state, renderer, Writer(state, tables.slots))
+            self._families[family] = _FamilyParts(
+                state,
+                renderer,
+                Writer(state, tables.slots),
+                FamilyVerifier(state, renderer, tables.slots),
+            )
         self._plans: Mapping[PlanKey, ServicePlan] = {}
         self._incomplete: set[PlanKey] = set()
+        self._is_damaged = False
 
     @property
     def states(self) -> Mapping[Family, FamilyState]:
@@ -72,11 +80,23 @@ class Forwarding:
         """Take over what the pinned maps hold; call it once, before the first apply."""
         for parts in self._families.values():
             parts.state.adopt()
+            self._is_damaged |= bool(parts.state.damage)
 
-    def apply(self, desired: DesiredState) -> ApplyReport:
-        """Write what differs from the state applied last."""
+    def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
+        """Write what differs from the state applied last.
+
+        A plan that cannot be written is in the report, and is tried again with the next apply.
+
+        Args:
+            desired: the whole state.
+            resync: first read all maps and put right what others changed.
+
+        Raises:
+            OSError: a map cannot be read or written at all.
+        """
         before = self._tables.writes_by_table()
         self._recycle()
+        repaired = self._verify() if resync else []
         changed, failed = 0, []
         for family, plans in self._changed(desired.plans).items():
             done, errors = self._put(self._families[family], plans)
@@ -88,14 +108,26 @@ class Forwarding:
                 if not orphan.is_wound_up:
                     parts.writer.wind_up(service, orphan)
                     changed += 1
+        if self._is_damaged:  # now that every service has its plan again
+            repaired += self._verify()
+            self._is_damaged = False
         details = {
             name: writes - before.get(name, 0)
             for name, writes in self._tables.writes_by_table().items()
             if writes != before.get(name, 0)
         }
         return ApplyReport(
-            writes=sum(details.values()), changed=changed, failed=tuple(failed), details=details
+            writes=sum(details.values()),
+            changed=changed,
+            failed=tuple(failed),
+            repaired=tuple(repaired),
+            details=details,
         )
+
+    def _verify(self) -> list[str]:
+        return [
+            sentence for parts in self._families.values() for sentence in parts.verifier.verify()
+        ]
 
     def _put(
         self, parts: _FamilyParts, plans: Sequence[ServicePlan]

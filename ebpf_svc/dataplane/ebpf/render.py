@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ebpf_svc.dataplane.ebpf import entries
 from ebpf_svc.dataplane.ebpf.codec import number
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
-from ebpf_svc.dataplane.ebpf.entries import MaglevOptions, SlotRange
+from ebpf_svc.dataplane.ebpf.entries import ListName, MaglevOptions, SlotRange
 from ebpf_svc.dataplane.ebpf.state import FamilyState, HeldList, Record
 from ebpf_svc.dataplane.ebpf.table import ArrayTable
 from ebpf_svc.errors import DataplaneError
@@ -122,6 +122,20 @@ class Renderer:
             still = set(keys)
             change.frontend_drops = [key for key in old_keys if key not in still]
         return change
+
+    def slots_of(self, record: Record, held: HeldList) -> bytes:
+        """What a list of an applied plan holds, to be written again."""
+        if record.plan is None:
+            return b""
+        members = entries.needed_lists(record.plan, use_maglev=self._use_maglev)[held.name]
+        return self._slots_of(record.plan, held.name, members, record.backend_ids)
+
+    def _slots_of(
+        self, plan: ServicePlan, name: ListName, members: Sequence[int], ids: Sequence[int]
+    ) -> bytes:
+        return entries.slots_of(
+            name, members, backends=plan.backends, ids=ids, options=self._options
+        ).tobytes()
 
     def _same_frontends(self, record: Record, plan: ServicePlan) -> bool:
         return record.plan is not None and record.plan.frontends == plan.frontends
@@ -236,21 +250,19 @@ class Renderer:
         held = {each.name: each for each in record.lists}
         lists: list[HeldList] = []
         for name, members in entries.needed_lists(plan, use_maglev=self._use_maglev).items():
-            content = entries.slots_of(
-                name, members, backends=plan.backends, ids=ids, options=self._options
-            )
-            data = content.tobytes()
+            data = self._slots_of(plan, name, members, ids)
+            length = len(data) // 4
             old = held.pop(name, None)
             if (
                 old is not None
-                and old.length == len(content)
+                and old.length == length
                 and self._slots.read(old.first, old.length) == data
             ):
                 lists.append(old._replace(digest=hash(data)))
                 continue
-            first = taken.slots(len(content))
+            first = taken.slots(length)
             change.slot_puts.append((first, data))
-            lists.append(HeldList(name, first, len(content), hash(data)))
+            lists.append(HeldList(name, first, length, hash(data)))
             if old is not None:
                 change.list_drops.append(old.slots)
         change.list_drops.extend(each.slots for each in held.values())

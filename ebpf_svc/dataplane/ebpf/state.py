@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,6 +104,12 @@ class FamilyState:
         self.draining: set[bytes] = set()
         self.dead: dict[int, list[int]] = {}
         """Tombstones: service -> backend ids."""
+        self.fresh_dead: set[int] = set()
+        self.fresh_draining: set[bytes] = set()
+        """Tombstones and draining frontends the sweeper has not seen yet: a program that read them
+        before they became that may still be about to open a flow."""
+        self.lost_udp: list[int] = []
+        """Backends of UDP that died since the sweeper last looked for sockets connected to them."""
         self.damage: list[str] = []
         """What `adopt` could not make sense of; a look at the kernel must mend it."""
         self._known: bytearray = bytearray(_KNOWN_BYTES)
@@ -144,6 +150,7 @@ class FamilyState:
             self.range_sets.use(parsed.ranges)
         if is_draining(parsed.flags):
             self.draining.add(key)
+            self.fresh_draining.add(key)
         else:
             self.draining.discard(key)
 
@@ -152,6 +159,25 @@ class FamilyState:
         self._forget(key)
         self.frontends.pop(key, None)
         self.draining.discard(key)
+
+    def bury(self, service: int, backends: Sequence[int], *, is_udp: bool) -> None:
+        """Note backends that became tombstones."""
+        if backends:
+            self.dead.setdefault(service, []).extend(backends)
+            self.fresh_dead.update(backends)
+            if is_udp:
+                self.lost_udp.extend(backends)
+
+    def revive(self, service: int, backends: Iterable[int]) -> None:
+        """Note tombstones that serve again, or are gone for good."""
+        back = set(backends)
+        if back:
+            left = [each for each in self.dead[service] if each not in back]
+            self.fresh_dead -= back
+            if left:
+                self.dead[service] = left
+            else:
+                del self.dead[service]
 
     def _forget(self, key: bytes) -> None:
         old = self.frontends.get(key)

@@ -143,6 +143,41 @@ class Tables:
             undo.pop_all()
             return opened
 
+    @classmethod
+    def look(cls, settings: EbpfSettings, artifacts: Mapping[Family, Artifact]) -> Tables | None:
+        """Open the maps an agent has pinned, of whatever size, and change nothing.
+
+        Returns:
+            None when they are not all there.
+
+        Raises:
+            LayoutMismatch: the pins were left by a version with other layouts.
+            OSError: the kernel does not give them.
+        """
+        directory = pin_dir(settings)
+        with contextlib.ExitStack() as undo:
+            tables: dict[str, Table] = {}
+            for family, artifact in artifacts.items():
+                for name, shape in artifact.maps.items():
+                    path = directory / _pin_name(name, family)
+                    if path.name in tables:
+                        continue
+                    try:
+                        fd = bpf.get_pinned(path)
+                    except FileNotFoundError:
+                        return None
+                    try:
+                        _verify(fd, path, shape)
+                        table = _typed(path.name, fd, *_layouts(shape))
+                    except BaseException:
+                        os.close(fd)
+                        raise
+                    undo.callback(table.close)
+                    tables[path.name] = table
+            found = cls(tables)
+            undo.pop_all()
+            return found
+
     @property
     def writes(self) -> int:
         """Entries put or deleted since `open`, all maps together."""

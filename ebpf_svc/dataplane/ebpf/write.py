@@ -22,8 +22,6 @@ from ebpf_svc.dataplane.ebpf.table import ArrayTable
 from ebpf_svc.model.net import Protocol
 
 _UDP = Protocol.UDP.number
-_ALLOWED = 1
-"""Value of a source range; only that it is there counts."""
 
 
 class Writer:
@@ -76,7 +74,7 @@ class Writer:
         keys = [key for change in changes for _, keys in change.range_puts for key in keys]
         if keys:
             self._tables.source_ranges.update(
-                [(key, self._state.codec.word(_ALLOWED)) for key in keys]
+                [(key, self._state.codec.word(entries.ALLOWED)) for key in keys]
             )
 
     def _put_frontends(self, changes: Sequence[Change]) -> None:
@@ -107,13 +105,7 @@ class Writer:
     def _note(self, change: Change) -> None:
         state, record = self._state, change.record
         state.records[change.plan.key] = record
-        if change.revived:
-            revived = set(change.revived)
-            left = [each for each in state.dead[record.service] if each not in revived]
-            if left:
-                state.dead[record.service] = left
-            else:
-                del state.dead[record.service]
+        state.revive(record.service, change.revived)
         if change.error is None:
             return
         record.is_complete = False
@@ -173,11 +165,12 @@ class Writer:
 
     def drop_backends(self, service: int, backends: Sequence[int]) -> None:
         """Make backends tombstones: they serve no more and still lead replies to their flows."""
-        offset = self._state.codec.flags_offset
+        codec = self._state.codec
+        offset = codec.flags_offset
         for backend in backends:
             self._tables.backends.write_word(backend, offset, 0)
-        if backends:
-            self._state.dead.setdefault(service, []).extend(backends)
+        is_udp = bool(backends) and codec.protocol(self._state.at_of(backends[0])) == _UDP
+        self._state.bury(service, backends, is_udp=is_udp)
 
     def _release(self, ranges: Sequence[SlotRange]) -> None:
         for slots in ranges:

@@ -1,0 +1,265 @@
+"""The eBPF dataplane: maps, programs, hooks and the masquerade rule, put together.
+
+`Forwarding` keeps the maps, `Attachments` the programs on devices and cgroup; this module opens
+both, and knows in which order they come and go. One lock covers the maps: the sync loop, the
+sweeper and whoever reads take turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from ebpf_svc.config import Settings, SocketLB
+from ebpf_svc.dataplane.base import ApplyReport, Check, Support
+from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables
+from ebpf_svc.dataplane.ebpf.artifact import Artifact
+from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
+from ebpf_svc.dataplane.ebpf.codec import Codec
+from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
+from ebpf_svc.dataplane.ebpf.programs import Programs
+from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
+from ebpf_svc.dataplane.ebpf.tables import Tables
+from ebpf_svc.dataplane.inspect import FlowView, KernelPart
+from ebpf_svc.errors import DataplaneError, UnsupportedHost
+from ebpf_svc.host import mounts, nft
+from ebpf_svc.host.nft import MasqueradeRules
+from ebpf_svc.log import get_logger
+from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView
+from ebpf_svc.model.net import Family
+
+SO_NETNS_COOKIE = 71
+"""Not in Python's socket module; Linux 5.14."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Everything that is open between `open` and `close`."""
+
+    tables: Tables
+    forwarding: Forwarding
+    programs: Programs
+    attachments: Attachments
+    rules: MasqueradeRules
+    sweeper: Sweeper
+
+
+class EbpfDataplane:
+    """The dataplane of one node; works in the network namespace of the thread that opens it."""
+
+    name = "ebpf"
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._running: _Running | None = None
+
+    def check(self) -> Support:
+        """Look at this host by trying; takes a second, and runs a few programs of the host."""
+        from ebpf_svc.host import features  # noqa: PLC0415  # only who asks pays for it
+
+        settings = self._settings.ebpf
+        is_compiled = compiler.is_cached(
+            self._settings.families, settings.cache_dir, extra_defines=self._defines()
+        )
+        return Support(
+            self.name,
+            tuple(
+                Check(probe.name, probe.ok, probe.detail, probe.mend, probe.required)
+                for probe in features.probe_all(
+                    settings.bpffs, settings.cgroup_root, is_compiled=is_compiled
+                )
+            ),
+        )
+
+    def open(self) -> None:
+        """Adopt the maps an earlier run left, or make them; load and attach the programs.
+
+        Raises:
+            UnsupportedHost: this machine lacks something; each thing missing is a sentence.
+            DataplaneError: it lacks nothing known, and still something failed.
+        """
+        try:
+            self._running = self._open()
+        except UnsupportedHost:
+            raise
+        except (DataplaneError, OSError) as error:
+            # Probing takes longer than opening: only a failure is worth it.
+            missing = self.check().missing
+            if missing:
+                raise UnsupportedHost(missing) from error
+            if isinstance(error, DataplaneError):
+                raise
+            raise DataplaneError(str(error)) from error
+
+    def _open(self) -> _Running:
+        settings = self._settings.ebpf
+        artifacts = self._artifacts()
+        with ExitStack() as undo:
+            opened = Tables.open(settings, artifacts)
+            undo.callback(opened.close)
+            self._write_run_settings(opened)
+            forwarding = Forwarding(opened, settings)
+            forwarding.adopt()
+            programs = Programs.load(
+                artifacts, {family: opened.fds(family) for family in artifacts}
+            )
+            undo.callback(programs.close)
+            rules = nft.masquerade_rules(constants.MASQUERADE_MARK)
+            rules.apply()
+            attachments = Attachments(programs, settings)
+            attachments.start()
+            undo.callback(attachments.stop)
+            uses_hooks = settings.socket_lb is not SocketLB.OFF
+            sweeper = Sweeper(
+                forwarding.states,
+                opened.udp_sockets,
+                self._lock,
+                cgroup=hooks.cgroup_of(settings) if uses_hooks else None,
+            )
+            sweeper.start()
+            undo.pop_all()
+        return _Running(opened, forwarding, programs, attachments, rules, sweeper)
+
+    def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
+        """Write the difference to what was applied last; raises DataplaneError."""
+        running = self._running
+        if running is None:
+            raise DataplaneError("apply before open")
+        try:
+            with self._lock:
+                report = running.forwarding.apply(desired, resync=resync)
+                if resync and self._write_run_settings(running.tables):
+                    report = replace(
+                        report,
+                        writes=report.writes + 1,
+                        repaired=(*report.repaired, "settings of this run written again"),
+                    )
+        except OSError as error:
+            raise DataplaneError(f"map {error.filename}: {error.strerror}") from error
+        if resync:
+            repaired = [*running.attachments.verify()]
+            if not running.rules.read():
+                running.rules.apply()
+                repaired.append("masquerade rule written again")
+            report = replace(report, repaired=(*report.repaired, *repaired))
+        running.sweeper.wake()
+        return report
+
+    def read(self) -> dict[FrontendKey, FrontendView]:
+        """What the pinned maps hold; works without `open`, beside a running agent."""
+        views: dict[FrontendKey, FrontendView] = {}
+        with self._looking() as codecs:
+            for opened, codec, family in codecs:
+                views |= readback.read_family(codec, opened.family[family])
+        return views
+
+    def flows(self) -> list[FlowView]:
+        """Flows that are alive; works without `open`."""
+        with self._looking() as codecs:
+            return [
+                flow
+                for opened, codec, family in codecs
+                for flow in inventory.flow_views(family, codec, opened.family[family])
+            ]
+
+    def parts(self) -> list[KernelPart]:
+        """Every map, filter, hook and rule of ours in this kernel; works without `open`."""
+        return inventory.parts(self._settings.ebpf)
+
+    def close(self) -> None:
+        """Stop following and sweeping; programs and maps stay and forward (Z2)."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.sweeper.stop()
+        running.attachments.stop()
+        running.programs.close()
+        with self._lock:
+            running.tables.close()
+
+    def cleanup(self) -> None:
+        """Remove programs, rules and pins, whoever left them; all that can be removed is.
+
+        Raises:
+            DataplaneError: something could not be removed; the rest was.
+        """
+        self.close()
+        failure: Exception | None = None
+        settings = self._settings.ebpf
+        steps: tuple[Callable[[], object], ...] = (
+            # Programs first: without them no packet meets half of a dataplane.
+            lambda: detach_all(settings),
+            lambda: nft.masquerade_rules(constants.MASQUERADE_MARK).remove(),
+            lambda: tables.remove_pins(settings),
+            lambda: mounts.release_bpffs(settings.bpffs),
+        )
+        for remove in steps:
+            try:
+                remove()
+            except (DataplaneError, OSError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise DataplaneError(f"not everything could be removed: {failure}") from failure
+
+    def _artifacts(self) -> Mapping[Family, Artifact]:
+        return compiler.obtain(
+            self._settings.families,
+            self._settings.ebpf.cache_dir,
+            extra_defines=self._defines(),
+        )
+
+    def _defines(self) -> dict[Family, dict[str, str]]:
+        """What is compiled in for this node."""
+        major, minor, *_ = (int(part) for part in re.findall(r"\d+", platform.release()))
+        return {
+            family: constants.node_defines(
+                family,
+                cluster_cidrs=self._settings.cluster_cidrs,
+                translate_pods=self._settings.ebpf.socket_lb is SocketLB.FULL,
+                kernel=(major, minor),
+            )
+            for family in self._settings.families
+        }
+
+    def _write_run_settings(self, opened: Tables) -> bool:
+        """Tell the programs which network namespace is the node's; whether they were told wrong."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            cookie = probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        seed = hashlib.blake2b(self._settings.ebpf.maglev_seed.encode(), digest_size=4).digest()
+        table = opened.settings
+        key = table.key.pack(value=0)
+        value = table.value.pack(
+            host_netns=int.from_bytes(cookie, sys.byteorder),
+            hash_seed=int.from_bytes(seed, "little"),
+        )
+        if table.lookup(key) == value:
+            return False
+        table.update([(key, value)])
+        return True
+
+    @contextmanager
+    def _looking(self) -> Iterator[list[tuple[Tables, Codec, Family]]]:
+        """The maps of a running or of a gone agent, by family; none when there are none."""
+        opened = self._running.tables if self._running else None
+        with ExitStack() as closing, self._lock:
+            if opened is None and tables.pin_dir(self._settings.ebpf).is_dir():
+                opened = Tables.look(self._settings.ebpf, self._artifacts())
+                if opened is not None:
+                    closing.callback(opened.close)
+            if opened is None:
+                yield []
+            else:
+                yield [
+                    (opened, Codec(family, of_family), family)
+                    for family, of_family in opened.family.items()
+                ]
