@@ -180,7 +180,7 @@ def _cluster_ips(
         faults.invalid("spec.clusterIPs", given, "may only hold up to 2 values")
     addresses = [faults.address(f"spec.clusterIPs[{i}]", ip) for i, ip in enumerate(given)]
     families = [family_of(address) for address in addresses if address]
-    if len(families) > len(set(families)):
+    if len(families) <= 2 and len(families) > len(set(families)):
         said = "may specify no more than one IP for each IP family"
         faults.invalid("spec.clusterIPs", given, said)
     return tuple(address for address in addresses if address)
