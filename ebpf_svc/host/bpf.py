@@ -298,8 +298,11 @@ def map_by_id(map_id: int) -> int:
 
 def possible_cpus() -> int:
     """How many values a per-CPU map holds per key."""
-    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
-    return int(text.replace(",", "-").split("-")[-1]) + 1
+    count = 0
+    for part in Path("/sys/devices/system/cpu/possible").read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        count += int(last or first) - int(first) + 1
+    return count
 
 
 _STORAGE_KEY, _STORAGE_VALUE = 1, 4

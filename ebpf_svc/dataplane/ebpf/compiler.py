@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -25,6 +26,8 @@ from ebpf_svc.model.net import Family
 
 COMPILER_VERSION = 1
 """Raise it when this module would give other output for the same sources."""
+KEPT_ARTIFACTS = 16
+"""Of each family, 100 KiB each: enough for the settings a node goes through, and for a testbed."""
 
 
 def obtain(
@@ -83,6 +86,8 @@ def _look_up(
         for path in _candidates(cache_dir, stem, bcc):
             cached = artifact.read(path)
             if cached is not None:
+                with contextlib.suppress(OSError):  # a cache may be read-only
+                    os.utime(path)
                 found[family] = cached
                 break
         else:
@@ -140,8 +145,9 @@ def _compile_all(
     # Both start at once: each reads all of its source before it compiles.
     for process in running.values():
         assert process.stdin is not None
-        process.stdin.write(unit)
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # one that died says why on stderr
+            process.stdin.write(unit)
+            process.stdin.close()
         process.stdin = None
     results: dict[Family, Artifact] = {}
     failures: list[CompileError] = []
@@ -149,12 +155,26 @@ def _compile_all(
         _, log = process.communicate()
         result = artifact.read(wanted[family][0]) if process.returncode == 0 else None
         if result is None:
-            failures.append(CompileError(f"the IPv{int(family)} unit", log.strip()))
+            reason = log.strip() or f"the compiler exited with {process.returncode}, saying nothing"
+            failures.append(CompileError(f"the IPv{int(family)} unit", reason))
         else:
             results[family] = result
     if failures:
         raise failures[0]
+    _prune(cache_dir)
     return results
+
+
+def _prune(cache_dir: Path) -> None:
+    """Forget artifacts of old sources and settings, the longest unused first."""
+    for family in Family:
+        by_age = sorted(
+            cache_dir.glob(f"ipv{int(family)}-*.artifact"),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        )
+        for path in by_age[KEPT_ARTIFACTS:]:
+            path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
