@@ -23,6 +23,8 @@ class NodeFacts:
     zone: str = ""
     """`topology.kubernetes.io/zone` (N5); empty = none."""
     pod_cidrs: tuple[str, ...] = ()
+    eligible: bool = True
+    """Load balancers may send traffic here: the node is neither going away nor unknown (N6)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +56,7 @@ class Snapshot:
     slices: Mapping[ServiceName, tuple[EndpointSlice, ...]] = field(default_factory=dict)
     """Slices by the Service they belong to; may name Services that do not exist."""
     problems: tuple[Problem, ...] = ()
+    service_cidrs: tuple[str, ...] = ()
+    """Prefixes cluster IPs come from, sorted, where the API says so (W4); empty = not known."""
     revision: int = 0
     """Grows by one with every change of the store."""
