@@ -280,6 +280,17 @@ def test_half_made_pins_of_a_crash_are_completed(settings, compiled, opened, lef
     assert not any(name.startswith("new-") for name in names)
 
 
+def test_pins_of_another_version_are_dropped_once_ours_are_there(settings, compiled, monkeypatch):
+    """After an upgrade, or a way back from one, nothing reads the other version's maps."""
+    Tables.open(settings, compiled).close()
+    old = tables.pin_dir(settings)
+    monkeypatch.setattr(tables.constants, "LAYOUT_VERSION", 999)
+
+    Tables.open(settings, compiled).close()
+
+    assert [path.name for path in old.parent.iterdir()] == ["v999"]
+
+
 def test_one_family_alone_opens_and_is_joined_by_the_other(settings, compiled):
     """Shared maps belong to both; turning IPv6 on later keeps what IPv4 has."""
     alone = Tables.open(settings, {Family.V4: compiled[Family.V4]})

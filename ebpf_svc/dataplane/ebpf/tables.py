@@ -72,12 +72,16 @@ def remove_pins(settings: EbpfSettings) -> bool:
         return False
     found = top.is_dir()
     if found:
-        for folder, _, names in os.walk(top, topdown=False):
-            for name in names:
-                Path(folder, name).unlink(missing_ok=True)
-            Path(folder).rmdir()
+        _unpin_tree(top)
     mounts.release_bpffs(settings.bpffs)
     return found
+
+
+def _unpin_tree(top: Path) -> None:
+    for folder, _, names in os.walk(top, topdown=False):
+        for name in names:
+            Path(folder, name).unlink(missing_ok=True)
+        Path(folder).rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,12 @@ class Tables:
                         tables[pin_name] = table
             opened = cls(tables)
             undo.pop_all()
-            return opened
+        # Maps of another layout cannot be read any more. Programs of that version which are still
+        # attached keep theirs until they are replaced.
+        for other in directory.parent.iterdir():
+            if other != directory:
+                _unpin_tree(other)
+        return opened
 
     @classmethod
     def look(cls, settings: EbpfSettings, artifacts: Mapping[Family, Artifact]) -> Tables | None:
