@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -57,16 +56,8 @@ def host_checks(settings: Settings) -> tuple[Check, ...]:
     is_root = os.geteuid() == 0
     return (
         Check("root", is_root, f"uid {os.geteuid()}", "" if is_root else "sudo ebpf-svc …"),
-        _masquerade_check(),
         *(_forwarding_check(family) for family in settings.families),
     )
-
-
-def _masquerade_check() -> Check:
-    tool = shutil.which("nft") or shutil.which("iptables")
-    if tool is None:
-        return Check("masquerade", False, "neither nft nor iptables", "apt-get install nftables")
-    return Check("masquerade", True, tool)
 
 
 def _forwarding_check(family: Family) -> Check:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import click
 from ebpf_svc.cli import FAILURE
 from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
 from ebpf_svc.config import Settings
-from ebpf_svc.dataplane.inspect import ShowsParts
+from ebpf_svc.dataplane.inspect import KernelPart, ShowsParts
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
 from ebpf_svc.host.lock import DirectoryLock, lock_holder
 from ebpf_svc.modes import MODES, make_dataplane
@@ -62,9 +64,9 @@ def _remove(settings: Settings) -> tuple[list[str], list[str]]:
             dataplane.cleanup()
         except (DataplaneError, OSError) as exc:
             failures.append(f"mode {mode}: {exc}")
-        after = set(_parts(dataplane))
-        removed += [line for line in before if line not in after]
-        failures += [f"mode {mode}: {line} is still there" for line in after]
+        after = _parts(dataplane)
+        removed += _summary(part for part in before if part not in after)
+        failures += [f"mode {mode}: {line} still there" for line in _summary(after)]
     for name in (STATUS, STATE):
         path = settings.run_dir / name
         if path.exists():
@@ -73,10 +75,18 @@ def _remove(settings: Settings) -> tuple[list[str], list[str]]:
     return removed, failures
 
 
-def _parts(dataplane: object) -> list[str]:
-    if not isinstance(dataplane, ShowsParts):
-        return []
-    return [f"{part.kind} {part.name} ({part.place})" for part in dataplane.parts()]
+def _parts(dataplane: object) -> list[KernelPart]:
+    return list(dataplane.parts()) if isinstance(dataplane, ShowsParts) else []
+
+
+def _summary(parts: Iterable[KernelPart]) -> list[str]:
+    """A line per kind of part: how many and which."""
+    by_kind: dict[str, dict[str, None]] = {}
+    counts: Counter[str] = Counter()
+    for part in parts:
+        by_kind.setdefault(part.kind, {})[part.name] = None
+        counts[part.kind] += 1
+    return [f"{counts[kind]} {kind}: {', '.join(names)}" for kind, names in by_kind.items()]
 
 
 def _remove_directory(directory: Path) -> None:

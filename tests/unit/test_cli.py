@@ -316,7 +316,7 @@ def test_cleanup_says_what_it_removed(tool: Tool) -> None:
     tool.sync()
     cleaned = tool("cleanup")
     assert cleaned.code == 0
-    assert "removed map frontends4 (/sys/fs/bpf/x)" in cleaned.out
+    assert "removed 1 map: frontends4" in cleaned.out
     assert not tool.run_dir.exists()
 
 
@@ -334,6 +334,7 @@ def test_cleanup_that_fails_says_what_is_left(tool: Tool) -> None:
     cleaned = tool("cleanup")
     assert cleaned.code == 1
     assert "mode ebpf: the map is busy" in cleaned.err
+    assert "mode ebpf: 1 map: frontends4 still there" in cleaned.err
     assert not tool.run_dir.exists()
 
 
