@@ -83,7 +83,7 @@ class PlainScreen(SilentScreen):
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._console = Console(width=PLAIN_WIDTH, highlight=False)
+        self._console = Console(width=PLAIN_WIDTH, highlight=False, emoji=False)
 
     def show_probes(self, probes: Sequence[Probe]) -> None:
         for probe in probes:
@@ -110,7 +110,7 @@ class LiveScreen:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, emoji=False)
         self._spinner = Spinner("dots", "")
         self._live = Live(console=self._console, refresh_per_second=REFRESHES_PER_S)
 
