@@ -57,8 +57,10 @@ def split(data: bytes) -> Iterator[Document]:
     ends = [] if _UNSPLITTABLE.search(data) else [m.start() for m in _SEPARATOR.finditer(data)]
     for end in (*ends, len(data)):
         text = data[start:end]
-        if text.strip(b"- \t\r\n"):
-            yield Document(text, line, hashlib.blake2b(text, digest_size=16).digest())
+        # The first document need not begin with dashes, the last not end with a line.
+        body = text.removeprefix(b"---\n").rstrip()
+        if body.strip(b"- \t\r\n"):
+            yield Document(text, line, hashlib.blake2b(body, digest_size=16).digest())
         line += text.count(b"\n")
         start = end
 
