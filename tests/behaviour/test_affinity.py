@@ -15,7 +15,7 @@ from tests.lib.probing import (
     LOCALHOST,
     NODE_PORT_1,
     Row,
-    failed,
+    assert_held,
     table,
 )
 from tests.lib.waiting import wait_out
@@ -41,7 +41,7 @@ def _by_client(rows: Iterable[Row]) -> dict[tuple[str, int, str], set[str]]:
 
 def _ask(world: World, web: Web, count: int = 1) -> dict[tuple[str, int, str], set[str]]:
     rows = table(world, web, askers=world.askers, kinds=[CLUSTER_IP], count=count)
-    assert failed(rows) == []
+    assert_held(rows)
     return _by_client(rows)
 
 
@@ -57,7 +57,7 @@ def test_client_keeps_its_pod(world: World, publish: Publish) -> None:
         *table(world, web, askers=askers, kinds=kinds, count=6),
         *table(world, web, askers=[node1], kinds=(*kinds, LOCALHOST), count=6),
     ]
-    assert failed(rows) == []
+    assert_held(rows)
     assert _by_client(rows) == first
 
 
@@ -116,4 +116,4 @@ def test_turning_affinity_off_acts_on_new_connections(world: World, publish: Pub
     plain = Web(web.number)
     world.publish(plain, world.webs)
     rows = table(world, plain, askers=[world.shell1, world.sandbox1], kinds=KINDS[:1], count=15)
-    assert failed(rows, lambda row: row.ok and len(row.servers) > 1) == []
+    assert_held(rows, lambda row: row.ok and len(row.servers) > 1)

@@ -21,8 +21,8 @@ from tests.lib.probing import (
     LOCALHOST,
     NODE_PORT_1,
     Row,
+    assert_held,
     every_pod_network,
-    failed,
     table,
 )
 from tests.lib.world import World
@@ -36,7 +36,7 @@ def test_every_frontend_answers_everyone(world: World, publish: Publish) -> None
     """
     web = publish()
     rows = table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=5)
-    assert failed(rows) == []
+    assert_held(rows)
 
 
 @every_pod_network
@@ -88,7 +88,7 @@ def test_mapped_sockets_reach_ipv4_services(world: World, publish: Publish) -> N
             web.at_node(world.cluster.nodes[0], Family.V4, protocol),
         )
     ]
-    assert failed(rows) == []
+    assert_held(rows)
 
 
 def test_unconnected_udp_sees_the_address_it_called(world: World, publish: Publish) -> None:
@@ -97,7 +97,7 @@ def test_unconnected_udp_sees_the_address_it_called(world: World, publish: Publi
     rows = table(
         world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=3, connected=False
     )
-    assert failed(row for row in rows if row.target.protocol is Protocol.UDP) == []
+    assert_held(row for row in rows if row.target.protocol is Protocol.UDP)
 
 
 @every_pod_network
@@ -109,7 +109,7 @@ def test_large_datagrams_pass_through_services(world: World, publish: Publish) -
     )  # fmt: skip
     rows = [row for row in rows if row.target.protocol is Protocol.UDP]
     sizes = {(one.request_bytes, one.reply_bytes) for row in rows for one in row.answers}
-    assert failed(rows) == []
+    assert_held(rows)
     assert sizes == {(4000, 5000)}
 
 
@@ -133,7 +133,7 @@ def test_two_services_share_their_backends(world: World, publish: Publish) -> No
         *table(world, one, askers=world.askers, count=3),
         *table(world, other, askers=world.askers, count=3),
     ]
-    assert failed(rows) == []
+    assert_held(rows)
 
 
 def test_source_ranges_guard_the_load_balancer_address_alone(
@@ -143,7 +143,7 @@ def test_source_ranges_guard_the_load_balancer_address_alone(
     allowed = publish(source_ranges=("203.0.113.0/24", "2001:db8:203::/64"))
     closed = publish(source_ranges=("192.0.2.0/24", "2001:db8:ffff::/64"))
     client = world.cluster.client
-    assert failed(table(world, allowed, askers=[client])) == []
+    assert_held(table(world, allowed, askers=[client]))
     rows = table(world, closed, askers=[client], timeout_s=0.5)
     outcomes = {(row.kind, one.outcome.value) for row in rows for one in row.answers}
     assert outcomes == {

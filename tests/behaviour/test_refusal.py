@@ -14,8 +14,8 @@ from tests.lib.probing import (
     NODE_PORT_1,
     NODE_PORT_2,
     Row,
+    assert_held,
     every_pod_network,
-    failed,
     table,
 )
 from tests.lib.world import World
@@ -37,24 +37,24 @@ def test_service_without_endpoints_refuses_at_once(world: World, publish: Publis
     """Nobody waits for a service that nobody serves: every address refuses, TCP and UDP (P2)."""
     web = publish([])
     rows = table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=2)
-    assert failed(rows, _refused_at_once) == []
+    assert_held(rows, _refused_at_once)
 
 
 def test_endpoints_that_are_not_ready_refuse(world: World, publish: Publish) -> None:
     """Endpoints that neither are ready nor serve while terminating do not count (T5)."""
     web = publish([Endpoint(world.web1, ready=False), Endpoint(world.web3, False, False, True)])
-    assert failed(table(world, web, askers=world.askers), _refused_at_once) == []
+    assert_held(table(world, web, askers=world.askers), _refused_at_once)
 
 
 def test_service_serves_as_soon_as_it_has_endpoints(world: World, publish: Publish) -> None:
     """Refusal ends with the first endpoint and begins again with the last one's end."""
     web = publish([])
     askers = (world.shell1, world.sandbox1, world.cluster.client)
-    assert failed(table(world, web, askers=askers), _refused_at_once) == []
+    assert_held(table(world, web, askers=askers), _refused_at_once)
     world.publish(web, [world.web3])
-    assert failed(table(world, web, askers=askers)) == []
+    assert_held(table(world, web, askers=askers))
     world.publish(web, [])
-    assert failed(table(world, web, askers=askers), _refused_at_once) == []
+    assert_held(table(world, web, askers=askers), _refused_at_once)
 
 
 def test_internal_policy_local_drops_without_a_local_endpoint(
@@ -65,9 +65,9 @@ def test_internal_policy_local_drops_without_a_local_endpoint(
     node1, node2 = world.cluster.nodes
     here = (world.shell1, world.sandbox1, node1)
     rows = table(world, web, askers=here, kinds=[CLUSTER_IP], timeout_s=DROP_S)
-    assert failed(rows, _dropped) == []
-    assert failed(table(world, web, askers=[world.shell2, node2], kinds=[CLUSTER_IP])) == []
-    assert failed(table(world, web, askers=world.askers, kinds=EXTERNAL_KINDS)) == []
+    assert_held(rows, _dropped)
+    assert_held(table(world, web, askers=[world.shell2, node2], kinds=[CLUSTER_IP]))
+    assert_held(table(world, web, askers=world.askers, kinds=EXTERNAL_KINDS))
 
 
 def test_internal_policy_local_keeps_to_the_node(world: World, publish: Publish) -> None:
@@ -77,7 +77,7 @@ def test_internal_policy_local_keeps_to_the_node(world: World, publish: Publish)
     rows = table(
         world, web, askers=[world.shell1, world.sandbox1, node1], kinds=[CLUSTER_IP], count=12
     )
-    assert failed(rows, lambda row: row.ok and row.servers <= {"web1", "web2"}) == []
+    assert_held(rows, lambda row: row.ok and row.servers <= {"web1", "web2"})
     rows = table(world, web, askers=[node1], kinds=[NODE_PORT_1], count=20)
     assert {server for row in rows for server in row.servers} == {"web1", "web2", "web3"}
 
@@ -93,9 +93,9 @@ def test_external_policy_local_drops_without_a_local_endpoint(
     rows = table(
         world, web, askers=[client], kinds=[NODE_PORT_1, EXTERNAL_IP, BALANCER], timeout_s=DROP_S
     )
-    assert failed(rows, _dropped) == []
+    assert_held(rows, _dropped)
     rows = table(world, web, askers=[client], kinds=[NODE_PORT_2], count=3)
-    assert failed(rows) == []
+    assert_held(rows)
 
 
 @every_pod_network
@@ -107,14 +107,14 @@ def test_external_policy_local_spares_the_cluster_itself(world: World, publish: 
         world, web, askers=[world.shell1, world.sandbox1, node1],
         kinds=[CLUSTER_IP, NODE_PORT_1, EXTERNAL_IP, BALANCER, LOCALHOST], count=2,
     )  # fmt: skip
-    assert failed(rows) == []
+    assert_held(rows)
 
 
 def test_local_policies_without_any_endpoint_refuse(world: World, publish: Publish) -> None:
     """With no endpoint anywhere even Local policies refuse rather than drop (P2)."""
     web = publish([], internal_local=True, external_local=True)
     rows = table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST))
-    assert failed(rows, _refused_at_once) == []
+    assert_held(rows, _refused_at_once)
 
 
 def test_terminating_endpoints_serve_when_nothing_else_does(world: World, publish: Publish) -> None:
@@ -122,7 +122,7 @@ def test_terminating_endpoints_serve_when_nothing_else_does(world: World, publis
     leaving = Endpoint(world.web1, ready=False, serving=True, terminating=True)
     web = publish([leaving])
     rows = table(world, web, askers=world.askers)
-    assert failed(rows, lambda row: row.ok and row.servers == {"web1"}) == []
+    assert_held(rows, lambda row: row.ok and row.servers == {"web1"})
     world.publish(web, [leaving, world.web3])
     rows = table(world, web, askers=world.askers, count=4)
-    assert failed(rows, lambda row: row.ok and row.servers == {"web3"}) == []
+    assert_held(rows, lambda row: row.ok and row.servers == {"web3"})

@@ -99,5 +99,21 @@ def table(
 
 
 def failed(rows: Iterable[Row], holds: Callable[[Row], bool] = lambda row: row.ok) -> list[Row]:
-    """The rows that do not hold: assert that there are none, and a failure shows them."""
+    """The rows that do not hold."""
     return [row for row in rows if not holds(row)]
+
+
+def assert_held(rows: Iterable[Row], holds: Callable[[Row], bool] = lambda row: row.ok) -> None:
+    """Assert that every row holds; a failure shows those that do not as a table."""
+    __tracebackhide__ = True
+    rows = list(rows)
+    assert rows, "nothing was asked"
+    assert_none(failed(rows, holds), len(rows))
+
+
+def assert_none(broken: Sequence[Row], of: int) -> None:
+    """Assert that no row is broken."""
+    __tracebackhide__ = True
+    if broken:
+        lines = "\n".join(f"  {row!r}" for row in broken)
+        pytest.fail(f"{len(broken)} of {of} rows do not hold:\n{lines}", pytrace=False)
