@@ -38,10 +38,12 @@ test: need-root bootstrap ## every ring, with the time each took (root)
 	echo "== all rings passed"
 
 lint: bootstrap ## style, types, import layers
-	@.venv/bin/ruff check --quiet .
-	@.venv/bin/ruff format --quiet --check .
-	@.venv/bin/mypy --no-error-summary
-	@.venv/bin/lint-imports --no-cache >/dev/null || .venv/bin/lint-imports --no-cache
+	@failed=; \
+	.venv/bin/ruff check --quiet --output-format concise . || failed=1; \
+	.venv/bin/ruff format --quiet --check . || failed=1; \
+	.venv/bin/mypy --no-error-summary || failed=1; \
+	layers=$$(.venv/bin/lint-imports --no-cache) || { echo "$$layers"; failed=1; }; \
+	[ -z "$$failed" ] && echo "ruff, mypy and import-linter have nothing to say"
 
 unit: bootstrap ## pure parts; no root, seconds
 	@$(pytest) tests/unit $(choose)

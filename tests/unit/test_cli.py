@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from ebpf_svc import cli, status
 from ebpf_svc.cli import COMMANDS, main
+from ebpf_svc.cli.output import print_table
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.dataplane.inspect import FlowView, KernelPart
 from ebpf_svc.errors import DataplaneError
@@ -92,6 +94,13 @@ class Kernel:
         if self.stuck:
             raise DataplaneError("the map is busy")
         self.installed.clear()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @dataclass
@@ -212,6 +221,20 @@ def test_show_into_a_pipe_is_plain_and_aligned(tool: Tool) -> None:
     assert "\x1b" not in heading
     at = heading.index("PROTOCOL")
     assert [row[at : at + 3] for row in rows] == ["UDP", "TCP"]
+
+
+def test_table_on_a_terminal_has_colours_and_whole_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What looks like markup is printed as it is; a narrow terminal folds, it does not cut."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(["frontend", "kind"], [["[fd00::a]:53/UDP", "ClusterIP"]], styles=["cyan"])
+    text = terminal.getvalue()
+    assert "\x1b[" in text
+    assert "[fd00::a]:53/UDP" in text
 
 
 def test_show_backends_says_who_gets_new_flows(tool: Tool) -> None:

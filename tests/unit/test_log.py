@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from ebpf_svc.log import LogFormat, configure, get_logger
+import ebpf_svc
+from ebpf_svc.log import KEYS, LogFormat, configure, get_logger
 
 
 class Terminal(io.StringIO):
@@ -85,6 +88,21 @@ def test_unknown_key_passes_in_production(monkeypatch: pytest.MonkeyPatch) -> No
     configure(stream=out)
     get_logger("ebpf_svc.sync").info("sync.applied", revison=3)
     assert json.loads(out.getvalue())["revison"] == 3
+
+
+def test_every_key_the_package_logs_is_declared() -> None:
+    """Also those on paths no test takes: the sources are read, not run."""
+    package = Path(ebpf_svc.__file__).parent
+    unknown = []
+    for source in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            is_log = isinstance(node.func.value, ast.Name) and node.func.value.id == "log"
+            names = [keyword.arg for keyword in node.keywords if is_log and keyword.arg]
+            where = f"{source.relative_to(package)}:{node.lineno}"
+            unknown += [f"{where}: {name}" for name in names if name not in KEYS]
+    assert unknown == []
 
 
 def test_agent_does_not_load_rich() -> None:
