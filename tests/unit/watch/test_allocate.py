@@ -355,7 +355,7 @@ def _check_no_collision(state: ManifestState) -> None:
 
 
 @given(specs=_SPECS, data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_order_of_files_decides_nothing(
     specs: dict[str, dict[str, Any]], data: st.DataObject
 ) -> None:
@@ -370,7 +370,7 @@ def test_the_order_of_files_decides_nothing(
 
 
 @given(history=st.lists(_SPECS, min_size=2, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_what_is_served_keeps_its_addresses_through_any_edits(
     history: list[dict[str, dict[str, Any]]],
 ) -> None:

@@ -124,7 +124,7 @@ _PLAIN = st.recursive(
 
 
 @given(st.lists(st.dictionaries(_KEYS, _PLAIN, min_size=1, max_size=4), max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_what_is_dumped_is_read_back(documents: list[dict[str, Any]]) -> None:
     """Whatever a YAML library writes for plain values, these values are read."""
     text = yaml.safe_dump_all(documents, allow_unicode=True, default_style='"')
