@@ -12,17 +12,22 @@
 #include "nat.h"
 
 #if IP_FAMILY == 4
-static __always_inline bool is_icmp_error(const struct packet *pkt)
+static __always_inline bool is_error_type(const struct packet *pkt)
 {
 	return pkt->icmp_type == ICMP_DEST_UNREACH || pkt->icmp_type == ICMP_TIME_EXCEEDED ||
 	       pkt->icmp_type == ICMP_PARAMETERPROB || pkt->icmp_type == ICMP_SOURCE_QUENCH;
 }
 #else
-static __always_inline bool is_icmp_error(const struct packet *pkt)
+static __always_inline bool is_error_type(const struct packet *pkt)
 {
 	return pkt->icmp_type < ICMPV6_INFOMSG_MASK;
 }
 #endif
+
+static __always_inline bool is_icmp_error(const struct packet *pkt)
+{
+	return pkt->fragment != FRAGMENT_LATER && is_error_type(pkt);
+}
 
 /* The quoted packet, read into inner with offsets of its own; NEXT or NOT_OURS. */
 static __always_inline int parse_quoted(struct __sk_buff *skb, const struct packet *pkt,
@@ -51,7 +56,8 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, const struct pack
 	inner->proto = ip.nexthdr;
 	inner->l4 = inner->l3 + sizeof(ip);
 #endif
-	if (!is_transport(inner) || bpf_skb_load_bytes(skb, inner->l4, ports, sizeof(ports)))
+	if (!is_transport(inner) || inner->l4 + sizeof(ports) > pkt->end ||
+	    bpf_skb_load_bytes(skb, inner->l4, ports, sizeof(ports)))
 		return NOT_OURS;
 	inner->sport = ports[0];
 	inner->dport = ports[1];

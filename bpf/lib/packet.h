@@ -28,6 +28,7 @@ struct packet {
 	__u32  fragment_id;
 	__u32  l3;		/* offset of the IP header */
 	__u32  l4;		/* offset of what follows it */
+	__u32  end;		/* offset of what is no longer the IP packet */
 	__u16  ip_check;	/* IPv4 header checksum as it is on the wire */
 };
 
@@ -60,8 +61,16 @@ struct packet {
  */
 #define HEADERS_BYTES 160
 
+/* Where a packet ends that claims to have so many bytes. 0 is more than the
+ * field can say (BIG TCP), and then it is all there is.
+ */
+static __always_inline __u32 packet_end(__u32 from, __u32 bytes, __u32 skb_bytes)
+{
+	return bytes ? from + bytes : skb_bytes;
+}
+
 #if IP_FAMILY == 4
-static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
+static __always_inline int parse_ip(void *data, void *end, __u32 skb_bytes, struct packet *pkt)
 {
 	struct iphdr *ip = data + pkt->l3;
 	__u16 fragment;
@@ -73,6 +82,9 @@ static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
 	pkt->proto = ip->protocol;
 	pkt->ip_check = ip->check;
 	pkt->l4 = pkt->l3 + ip->ihl * 4;
+	pkt->end = packet_end(pkt->l3, bpf_ntohs(ip->tot_len), skb_bytes);
+	if (pkt->l4 > pkt->end || pkt->end > skb_bytes)
+		return NOT_OURS;
 	fragment = bpf_ntohs(ip->frag_off) & 0x3fff;	/* offset and more-fragments */
 	if (fragment) {
 		pkt->fragment = fragment & 0x1fff ? FRAGMENT_LATER : FRAGMENT_FIRST;
@@ -93,7 +105,7 @@ struct extension_header {
  */
 #define EXTENSIONS_MAX 4
 
-static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
+static __always_inline int parse_ip(void *data, void *end, __u32 skb_bytes, struct packet *pkt)
 {
 	struct ipv6hdr *ip = data + pkt->l3;
 	__u32 at;
@@ -106,6 +118,9 @@ static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
 	__builtin_memcpy(&pkt->dst, &ip->daddr, sizeof(pkt->dst));
 	next = ip->nexthdr;
 	at = pkt->l3 + sizeof(*ip);
+	pkt->end = packet_end(at, bpf_ntohs(ip->payload_len), skb_bytes);
+	if (pkt->end > skb_bytes)
+		return NOT_OURS;
 #pragma unroll
 	for (i = 0; i < EXTENSIONS_MAX; i++) {
 		struct extension_header *extension = data + at;
@@ -130,7 +145,7 @@ static __always_inline int parse_ip(void *data, void *end, struct packet *pkt)
 		if (pkt->fragment == FRAGMENT_LATER || at > HEADERS_BYTES)
 			break;
 	}
-	if (at > HEADERS_BYTES)
+	if (at > HEADERS_BYTES || at > pkt->end)
 		return NOT_OURS;
 	pkt->proto = next;
 	pkt->l4 = at;
@@ -165,26 +180,27 @@ static __always_inline __u8 sctp_as_tcp(__u8 chunk)
  */
 static __always_inline int parse_l4(void *data, void *end, struct packet *pkt)
 {
+	__u32 bytes = pkt->end - pkt->l4;
 	void *l4 = data + pkt->l4;
 	__be16 *ports = l4;
 
 	switch (pkt->proto) {
 	case IPPROTO_TCP:
-		if (l4 + TCP_HEADER_BYTES > end)
+		if (bytes < TCP_HEADER_BYTES || l4 + TCP_HEADER_BYTES > end)
 			return NOT_OURS;
 		pkt->tcp_flags = *(__u8 *)(l4 + 13);
 		break;
 	case IPPROTO_UDP:
-		if (l4 + UDP_HEADER_BYTES > end)
+		if (bytes < UDP_HEADER_BYTES || l4 + UDP_HEADER_BYTES > end)
 			return NOT_OURS;
 		break;
 	case IPPROTO_SCTP:
-		if (l4 + SCTP_HEADER_BYTES > end)
+		if (bytes < SCTP_HEADER_BYTES || l4 + SCTP_HEADER_BYTES > end)
 			return NOT_OURS;
 		pkt->tcp_flags = sctp_as_tcp(*(__u8 *)(l4 + 12));
 		break;
 	case PROTO_ICMP:
-		if (l4 + ICMP_HEADER_BYTES > end)
+		if (bytes < ICMP_HEADER_BYTES || l4 + ICMP_HEADER_BYTES > end)
 			return NOT_OURS;
 		pkt->icmp_type = *(__u8 *)l4;
 		return NEXT;
@@ -217,7 +233,7 @@ static __always_inline int parse(struct __sk_buff *skb, __u32 l3, struct packet 
 	pkt->l3 = l3;
 	pkt->fragment = FRAGMENT_NONE;
 	pkt->tcp_flags = 0;
-	if (parse_ip(data, end, pkt) != NEXT)
+	if (parse_ip(data, end, skb->len, pkt) != NEXT)
 		return NOT_OURS;
 	if (pkt->fragment == FRAGMENT_LATER)
 		return NEXT;

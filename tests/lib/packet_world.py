@@ -7,20 +7,19 @@ A `World` is one family's programs and maps. Tests fill the maps in the words of
 from __future__ import annotations
 
 import os
+import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scapy.all import Packet
 
-from ebpf_svc.dataplane.ebpf import compiler, constants, maglev
+from ebpf_svc.dataplane.ebpf import compiler, constants
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.dataplane.ebpf.constants import (
-    MASQUERADE_SHIFT,
     BackendFlag,
     Drop,
     FrontendFlag,
@@ -31,6 +30,7 @@ from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Ta
 from ebpf_svc.host import bpf, bpf_prog
 from ebpf_svc.host.bpf import MapFlag, MapType
 from ebpf_svc.model.net import Family, Protocol, Sources
+from tests.lib.packet_service import PLAIN, Service
 from tests.lib.packets import CLUSTER_CIDRS, Address, Result, Wire
 
 HASH_SEED = 0x9E3779B9
@@ -43,110 +43,6 @@ IPV4_ONLY, IPV6_ONLY = (
 """What only one family has: options, extension headers."""
 
 _SK_BUFF_BYTES, _MARK_OFFSET = 192, 8
-_PLAIN = FrontendFlag(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Frontend:
-    """One address of a service and what its flags say."""
-
-    address: str
-    port: int
-    local_for: Sources
-    masquerade_for: Sources
-    flags: FrontendFlag
-    ranges: int
-
-
-class Service:
-    """A service port in the maps; its methods do what an agent does when the plan changes."""
-
-    def __init__(self, world: World, service_id: int, proto: Protocol, affinity_s: int) -> None:
-        self._world, self.id, self.proto = world, service_id, proto
-        self.affinity_s = affinity_s
-        self.frontends: list[Frontend] = []
-        self._ids: dict[Address, int] = {}
-        self._lists: dict[BackendFlag, tuple[int, int]] = {}
-
-    def set_backends(
-        self,
-        backends: Sequence[Address],
-        *,
-        local: Sequence[Address] = (),
-        draining: Sequence[Address] = (),
-        maglev_size: int = 0,
-    ) -> None:
-        """Put these endpoints in the Cluster and Local lists; any other it had is gone.
-
-        Args:
-            draining: still serving, in no list.
-            maglev_size: lay the lists out as Maglev tables of that many slots.
-        """
-        for endpoint in [*backends, *local, *draining]:
-            if endpoint not in self._ids:
-                self._ids[endpoint] = self._world.add_backend(endpoint, self.proto, self.id)
-        for endpoint, backend_id in self._ids.items():
-            flags = BackendFlag(0)
-            if endpoint in backends:
-                flags |= BackendFlag.IN_CLUSTER | BackendFlag.SERVING
-            if endpoint in local:
-                flags |= BackendFlag.IN_LOCAL | BackendFlag.SERVING
-            if endpoint in draining:
-                flags |= BackendFlag.SERVING
-            self._world.flag_backend(backend_id, flags)
-        for flag, members in ((BackendFlag.IN_CLUSTER, backends), (BackendFlag.IN_LOCAL, local)):
-            ids = [self._ids[endpoint] for endpoint in members]
-            if maglev_size and ids:
-                names = [f"{address}:{port}" for address, port in members]
-                ids = [ids[i] for i in maglev.table(names, maglev_size, "seed")]
-            self._lists[flag] = self._world.add_slots(ids)
-        for frontend in self.frontends:
-            self._put(frontend)
-
-    def add_frontend(
-        self,
-        address: str,
-        port: int,
-        *,
-        local_for: Sources = Sources.NONE,
-        masquerade_for: Sources = Sources.NONE,
-        flags: FrontendFlag = _PLAIN,
-        source_ranges: Sequence[str] | None = None,
-    ) -> None:
-        """Make it reachable at one more address."""
-        ranges = 0
-        if source_ranges is not None:
-            flags |= FrontendFlag.SOURCE_RANGES
-            ranges = self._world.add_ranges(source_ranges)
-        frontend = Frontend(address, port, local_for, masquerade_for, flags, ranges)
-        self.frontends.append(frontend)
-        self._put(frontend)
-
-    def drain(self) -> None:
-        """The service was deleted; what is connected may go on."""
-        self.set_backends([])
-        for frontend in self.frontends:
-            self._put(replace(frontend, flags=frontend.flags | FrontendFlag.DRAINING))
-
-    def _put(self, frontend: Frontend) -> None:
-        cluster = self._lists.get(BackendFlag.IN_CLUSTER, (0, 0))
-        local = self._lists.get(BackendFlag.IN_LOCAL, (0, 0))
-        self._world.put(
-            "frontends",
-            self._world.l4_addr((frontend.address, frontend.port), self.proto),
-            {
-                "service": self.id,
-                "flags": int(frontend.local_for)
-                | int(frontend.masquerade_for) << MASQUERADE_SHIFT
-                | int(frontend.flags),
-                "cluster_first": cluster[0],
-                "cluster_count": cluster[1],
-                "local_first": local[0],
-                "local_count": local[1],
-                "affinity_s": self.affinity_s,
-                "ranges": frontend.ranges,
-            },
-        )
 
 
 class World(Wire):
@@ -207,6 +103,20 @@ class World(Wire):
             sent=sent,
         )
 
+    def choices(self, program: str, packet: Packet, ports: Iterable[int]) -> dict[int, Address]:
+        """Where the packet goes from each of these client ports; no checksum is mended."""
+        raw = bytearray(bytes(packet))
+        ip_bytes, at = (4, 30) if self.family is Family.V4 else (16, 38)
+        ends = at + ip_bytes
+        chosen = {}
+        for port in ports:
+            struct.pack_into("!H", raw, ends, port)
+            left = bpf_prog.test_run(self.programs[program], bytes(raw)).data
+            kind = socket.AF_INET if self.family is Family.V4 else socket.AF_INET6
+            address = socket.inet_ntop(kind, left[at:ends])
+            chosen[port] = address, struct.unpack_from("!H", left, ends + 2)[0]
+        return chosen
+
     # What the agent writes.
 
     def service(
@@ -221,7 +131,7 @@ class World(Wire):
         maglev_size: int = 0,
         local_for: Sources = Sources.NONE,
         masquerade_for: Sources = Sources.NONE,
-        flags: FrontendFlag = _PLAIN,
+        flags: FrontendFlag = PLAIN,
         source_ranges: Sequence[str] | None = None,
     ) -> Service:
         """A service port with one frontend, as the plan of a Service would put it in the maps."""

@@ -7,7 +7,6 @@ every byte, so that each checksum must be the one Scapy computes anew.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -238,10 +237,6 @@ class Wire:
     def wire(self, at: Address) -> tuple[bytes, int]:
         """An address and port as map fields hold them."""
         return self._packed(at[0]), wire_port(at[1])
-
-    def set_source_port(self, packet: bytearray, port: int) -> None:
-        """Write a port into a packet with the shortest IP header; no checksum is mended."""
-        struct.pack_into("!H", packet, 34 if self.family is Family.V4 else 54, port)
 
     def ip(self, src: str, dst: str, **fields: Any) -> Packet:
         """Ethernet and IP headers."""

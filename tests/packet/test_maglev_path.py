@@ -12,12 +12,8 @@ SIZE = 1021
 
 
 def _choices(world: World, frontend: Address, clients: int) -> dict[int, Address]:
-    packet = bytearray(bytes(world.tcp((world.net.outside, 0), frontend)))
-    chosen = {}
-    for client in range(clients):
-        world.set_source_port(packet, 1024 + client)
-        chosen[client] = world.run("node_ingress", bytes(packet)).dst
-    return chosen
+    packet = world.tcp((world.net.outside, 0), frontend)
+    return world.choices("node_ingress", packet, range(1024, 1024 + clients))
 
 
 def test_client_gets_one_backend_whichever_node_it_asks(world: World) -> None:
