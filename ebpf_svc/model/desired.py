@@ -95,14 +95,18 @@ class ServicePlan:
     affinity_s: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class HealthCheck:
-    """A healthCheckNodePort to serve (rules H1-H8)."""
+class HealthCheck(NamedTuple):
+    """A healthCheckNodePort to serve in one family (rules H1-H8)."""
 
     service: ServiceName
+    family: Family
     port: int
+    addresses: tuple[str, ...]
+    """Where it listens (H1): the wildcard where nothing restricts node ports, else each selected
+    address of this node; sorted.
+    """
     local_endpoint_count: int
-    """Distinct local endpoint addresses that are Ready (H6)."""
+    """Distinct local endpoint addresses of the family that are Ready (H6)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class DesiredState:
 
     plans: Mapping[PlanKey, ServicePlan] = field(default_factory=dict)
     health_checks: tuple[HealthCheck, ...] = ()
+    """Sorted."""
     problems: tuple[Problem, ...] = ()
     """Conflicts between services (a frontend claimed twice), each named; the claim that lost is not
     in `plans`.

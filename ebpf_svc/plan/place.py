@@ -12,6 +12,7 @@ from ebpf_svc.model.snapshot import NodeFacts
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+WILDCARD = {Family.V4: "0.0.0.0", Family.V6: "::"}
 LOOPBACK = {Family.V4: "127.0.0.1", Family.V6: "::1"}
 """The one loopback address NodePorts answer on; the socket hooks map others to it."""
 _WORD_PREFIXES = {
@@ -37,6 +38,8 @@ class Addresses:
     """The family's first address of the Node object (N1)."""
     node_ports: tuple[str, ...]
     """Where NodePorts answer, loopback included if selected; sorted."""
+    listening: tuple[str, ...]
+    """Where health checks listen (H1): the same, or the wildcard where nothing restricts it."""
 
 
 def place_of(node: NodeFacts) -> Place:
@@ -58,22 +61,22 @@ def addresses_of(
     for family in families:
         own = (address for address in node.addresses if family_of(address) is family)
         node_ip = next(own, None)
-        selected = _node_port_addresses(node.local_addresses, family, node_ip, selection)
-        result[family] = Addresses(node_ip, selected)
+        prefixes = [parse_prefix(text) for text in _prefixes(selection, family, node_ip)]
+        # No prefix of this family leaves it open, even if the other one is restricted (A2).
+        is_open = not prefixes or any(prefix.prefixlen == 0 for prefix in prefixes)
+        selected = _selected(node.local_addresses, family, None if is_open else prefixes)
+        result[family] = Addresses(node_ip, selected, (WILDCARD[family],) if is_open else selected)
     return result
 
 
-def _node_port_addresses(
-    local_addresses: Iterable[str], family: Family, node_ip: str | None, selection: tuple[str, ...]
+def _selected(
+    local_addresses: Iterable[str], family: Family, prefixes: Iterable[Network] | None
 ) -> tuple[str, ...]:
-    """Apply rules A1-A5, P15 and Q3.
+    """Apply rules A1-A5, P15 and Q3; no prefixes select everything.
 
     Loopback is selected by its own prefix, by `localhost`, or where nothing restricts the family;
     link-local IPv6 addresses never are: they mean nothing without an interface.
     """
-    prefixes = [parse_prefix(text) for text in _prefixes(selection, family, node_ip)]
-    # No prefix of this family leaves it open, even if the other one is restricted (A2).
-    everything = not prefixes or any(prefix.prefixlen == 0 for prefix in prefixes)
     selected = set()
     for text in (*local_addresses, LOOPBACK[family]):
         if family_of(text) is not family:
@@ -83,7 +86,7 @@ def _node_port_addresses(
             continue
         if family is Family.V6 and address.is_link_local:
             continue
-        if everything or any(address in prefix for prefix in prefixes):
+        if prefixes is None or any(address in prefix for prefix in prefixes):
             selected.add(text)
     return tuple(sorted(selected))
 

@@ -61,7 +61,7 @@ class Planner:
         self._claims = Claims()
         self._plans: dict[PlanKey, ServicePlan] = {}
         """What was handed out last; never changed, replaced by a changed copy."""
-        self._health: dict[ServiceName, HealthCheck] = {}
+        self._health: dict[ServiceName, tuple[HealthCheck, ...]] = {}
         self._health_checks: tuple[HealthCheck, ...] = ()
         self._problems: tuple[Problem, ...] = ()
 
@@ -75,8 +75,8 @@ class Planner:
 
     def _changed(self, snapshot: Snapshot) -> set[ServiceName]:
         """Which Services may plan differently than last time, deleted ones included."""
-        changed = set(_differences(self._services, snapshot.services))
-        changed.update(_differences(self._slices, snapshot.slices))
+        changed = set(differences(self._services, snapshot.services))
+        changed.update(differences(self._slices, snapshot.slices))
         if snapshot.node is not self._node:
             self._node = snapshot.node
             place, addresses = place_of(snapshot.node), self._addresses_of(snapshot.node)
@@ -86,7 +86,9 @@ class Planner:
                 changed.update(
                     name
                     for name, service in snapshot.services.items()
-                    if service.source_ranges or any(port.node_port for port in service.ports)
+                    if service.source_ranges
+                    or service.health_check_node_port
+                    or any(port.node_port for port in service.ports)
                 )
             self._place, self._addresses = place, addresses
         return changed
@@ -115,7 +117,9 @@ class Planner:
         if unsettled or gone:
             self._settle(unsettled, gone, rivals)
         if health_changed:
-            self._health_checks = tuple(self._health[name] for name in sorted(self._health))
+            self._health_checks = tuple(
+                check for name in sorted(self._health) for check in self._health[name]
+            )
 
     def _plan_service(
         self, service: Service, slices: Slices, before: tuple[ServicePlan, ...]
@@ -153,28 +157,31 @@ class Planner:
         return before if len(now) == len(before) and all(map(is_, now, before)) else now
 
     def _check_health(self, name: ServiceName, service: Service | None, slices: Slices) -> bool:
-        """Update the health check of a Service (F15, H6, H8); returns whether it changed."""
-        check = None
+        """Update the health checks of a Service (F15, H1, H6); returns whether any changed."""
+        checks: tuple[HealthCheck, ...] = ()
         if (
             service is not None
             and service.health_check_node_port
             and service.type is ServiceType.LOAD_BALANCER
             and is_external_local(service)
         ):
-            # A pod of two families is one endpoint: the family that knows more of them counts.
-            counts = [
-                local_ready_count(slices, family, self._place)
-                for family in self._options.families
+            checks = tuple(
+                HealthCheck(
+                    name,
+                    family,
+                    service.health_check_node_port,
+                    self._addresses[family].listening,
+                    local_ready_count(slices, family, self._place),
+                )
+                for family in sorted(self._options.families)
                 if service.cluster_ip(family) is not None
-            ]
-            if counts:
-                check = HealthCheck(name, service.health_check_node_port, max(counts))
-        if check == self._health.get(name):
+            )
+        if checks == self._health.get(name, ()):
             return False
-        if check is None:
-            del self._health[name]
+        if checks:
+            self._health[name] = checks
         else:
-            self._health[name] = check
+            del self._health[name]
         return True
 
     def _update_claims(
@@ -223,7 +230,7 @@ class Planner:
         return None
 
 
-def _differences(
+def differences(
     old: Mapping[ServiceName, object], new: Mapping[ServiceName, object]
 ) -> Iterable[ServiceName]:
     """Names whose value is not the same object in both, or is missing in one."""

@@ -28,8 +28,8 @@ def state_text(state: DesiredState) -> str:
         lines += [*_plan_lines(state.plans[key]), ""]
     for check in state.health_checks:
         lines += [
-            f"health check {check.service} port {check.port}: "
-            f"{check.local_endpoint_count} local endpoints",
+            f"health check {check.service} {check.family.label} at {' '.join(check.addresses)} "
+            f"port {check.port}: {check.local_endpoint_count} local endpoints",
             "",
         ]
     lines += [f"problem {problem}" for problem in state.problems]

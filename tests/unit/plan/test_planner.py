@@ -342,6 +342,12 @@ def health(*objects) -> tuple[HealthCheck, ...]:
     return Planner(PlanOptions()).plan(make_snapshot(*objects)).health_checks
 
 
+def check(family: Family, count: int, *addresses: str) -> HealthCheck:
+    """What `BALANCED` asks for, on every address unless given."""
+    wildcard = "0.0.0.0" if family is Family.V4 else "::"
+    return HealthCheck(make_name("web"), family, 32000, addresses or (wildcard,), count)
+
+
 def test_health_check_counts_local_ready_endpoints():
     """A balancer sends traffic where Ready pods are, and stops before they stop (H6, digest 24)."""
     slice_ = make_endpoints(
@@ -351,12 +357,12 @@ def test_health_check_counts_local_ready_endpoints():
         ready("10.1.0.3", on="node2"),
     )
 
-    assert health(BALANCED, slice_) == (HealthCheck(make_name("web"), 32000, 1),)
+    assert health(BALANCED, slice_) == (check(Family.V4, 1),)
 
 
 def test_health_check_stays_without_endpoints():
     """The balancer is answered 503, not refused, when nothing is here (H2, H8, digest row 23)."""
-    assert health(BALANCED) == (HealthCheck(make_name("web"), 32000, 0),)
+    assert health(BALANCED) == (check(Family.V4, 0),)
 
 
 @pytest.mark.parametrize(
@@ -374,15 +380,48 @@ def test_health_check_needs_a_local_balancer_service(fields):
     assert health(replace(BALANCED, **fields)) == ()
 
 
-def test_pod_of_two_families_counts_once():
-    """A dual-stack pod is one endpoint to a balancer."""
+def test_each_family_is_checked_for_itself():
+    """A balancer of one family must not be sent where only the other has endpoints (H1)."""
     service = replace(BALANCED, cluster_ips=("10.96.0.10", "fd00:10:96::10"))
 
     assert health(
         service,
-        make_endpoints("web", ready("10.1.0.1", on="node1")),
+        make_endpoints("web", ready("10.1.0.1", on="node1"), ready("10.1.0.2", on="node1")),
         make_endpoints("web", ready("fd00:1::1", on="node1")),
-    ) == (HealthCheck(make_name("web"), 32000, 1),)
+    ) == (check(Family.V4, 2), check(Family.V6, 1))
+
+
+@pytest.mark.parametrize(
+    ("selection", "v4", "v6"),
+    [
+        ((), ["0.0.0.0"], ["::"]),
+        (("192.168.0.0/24",), ["192.168.0.11"], ["::"]),
+        (("192.168.0.0/24", "::/0"), ["192.168.0.11"], ["::"]),
+        (("primary",), ["192.168.0.11"], ["fd00:192::11"]),
+        (("10.0.0.0/8",), [], ["::"]),
+    ],
+)
+def test_health_checks_listen_where_node_ports_answer(selection, v4, v6):
+    """Every address, or those nodePortAddresses selects; a family left out is open (H1, A2)."""
+    service = replace(BALANCED, cluster_ips=("10.96.0.10", "fd00:10:96::10"))
+    planner = Planner(PlanOptions(node_port_addresses=selection))
+
+    first, second = planner.plan(make_snapshot(service)).health_checks
+
+    assert (list(first.addresses), list(second.addresses)) == (v4, v6)
+
+
+def test_health_check_follows_the_addresses_of_the_node():
+    """A new address of the node is listened on, also where the service has no node port (H1)."""
+    service = replace(BALANCED, ports=(make_port(80),))
+    planner = Planner(PlanOptions((Family.V4,), node_port_addresses=("192.168.0.0/24",)))
+    snapshot = make_snapshot(service)
+    planner.plan(snapshot)
+    moved = replace(NODE, local_addresses=("127.0.0.1", "192.168.0.11", "192.168.0.12"))
+
+    (after,) = planner.plan(changed(snapshot, node=moved)).health_checks
+
+    assert after.addresses == ("192.168.0.11", "192.168.0.12")
 
 
 def test_health_checks_follow_services():
