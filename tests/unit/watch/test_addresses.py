@@ -72,7 +72,9 @@ def test_addresses_follow_the_interfaces() -> None:
             eventually(store, {"127.0.0.1", "::1"})
             index = make_link(netlink, "d0")
             netlink.addr("add", index=index, address="192.0.2.1", prefixlen=24)
-            netlink.addr("add", index=index, address="2001:db8::1", prefixlen=64, flags=0x02)
+            for address in ("2001:db8::1", "fe80::1:2"):
+                # Without duplicate address detection, so that it is there at once.
+                netlink.addr("add", index=index, address=address, prefixlen=64, flags=0x02)
             eventually(store, {"127.0.0.1", "192.0.2.1", "2001:db8::1", "::1"})
             netlink.addr("del", index=index, address="192.0.2.1", prefixlen=24)
             eventually(store, {"127.0.0.1", "2001:db8::1", "::1"})

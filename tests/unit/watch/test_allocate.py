@@ -58,6 +58,14 @@ def test_names_that_fall_on_one_place_are_served_in_their_order() -> None:
     assert reverse.services == state.services
 
 
+def test_the_lower_band_is_given_out_when_nothing_else_is_left() -> None:
+    """A /26 has 62 addresses, 16 of them below the band's edge."""
+    names = [f"s{i}" for i in range(62)]
+    state = Cluster(cidrs=("10.96.0.0/26",)).apply(services(*names))
+    assert state.problems == ()
+    assert len({ip(state, name) for name in names}) == 62
+
+
 def test_a_full_range_refuses_the_last_names() -> None:
     names = [f"s{i:02}" for i in range(15)]
     state = Cluster(cidrs=SMALL).apply(services(*names))

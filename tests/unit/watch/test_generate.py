@@ -52,6 +52,7 @@ def test_pods_with_all_labels_become_endpoints() -> None:
         pod("b", ips="10.0.0.2", labels="app: web"),
         pod("c", ips="10.0.0.3", labels="app: web, tier: back"),
         pod("d", ips="10.0.0.4", labels="app: web, tier: front", meta="namespace: other"),
+        pod("e", ips="10.0.0.5", labels="app: shop, tier: front"),
     ) == ["10.0.0.1"]
 
 
