@@ -6,7 +6,6 @@ codec is made, before anything is written.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 import struct
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ebpf_svc.dataplane.ebpf.entries import FrontendValue
-from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
+from ebpf_svc.dataplane.ebpf.layout import wire_port
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.errors import LayoutMismatch
 from ebpf_svc.model.desired import Backend, FrontendKey
@@ -59,8 +58,8 @@ class Codec:
         self._range = self._range_layout.packer(*_RANGE)
         self._word = tables.backend_index.value.packer("value")
         self.at_size = at.size
-        self.next_offset = offset_of(backend, "next")
-        self.flags_offset = offset_of(backend, "flags")
+        self.next_offset = backend.offset("next")
+        self.flags_offset = backend.offset("flags")
         self._no_address = self.pton("0.0.0.0" if family is Family.V4 else "::")
         self._ends = _Ends(self.at_raw, self._no_address)
         probe = self.at_raw(self._no_address, 1, 2)
@@ -137,13 +136,3 @@ class Codec:
 def number(data: bytes) -> int:
     """Read a map value that is one number."""
     return int(struct.unpack("=I", data)[0])
-
-
-def offset_of(layout: Layout, field: str) -> int:
-    """Where a number lies in its struct, in bytes from the start."""
-    zero = layout.unpack(bytes(layout.size))
-    blank = {name: getattr(zero, name) for name in layout.fields}
-    for ones in (0x0101010101010101, 0x01010101, 0x0101):  # each byte of a narrower field is 1
-        with contextlib.suppress(struct.error):
-            return layout.pack(**blank | {field: ones}).index(1)
-    return layout.pack(**blank | {field: 1}).index(1)

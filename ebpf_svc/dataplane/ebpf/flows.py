@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ebpf_svc.dataplane.ebpf.codec import Codec, offset_of
+from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, UDP_IDLE_S, FlowState
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.model.net import Protocol
@@ -85,8 +85,8 @@ class FlowReader:
         key.require("client", "service", "client_port", "proto", "second")
         self._key, self._value = key, value
         self.key_words, self.value_words = key.size // 4, value.size // 4
-        self.service_at = offset_of(key, "service") // 4
-        self.backend_at = offset_of(value, "backend_id") // 4
+        self.service_at = key.offset("service") // 4
+        self.backend_at = value.offset("backend_id") // 4
         self._now_s = 0
 
     def chunks(self) -> Iterator[Chunk]:

@@ -309,7 +309,11 @@ class _Taken:
         return self._service
 
     def backends(self, count: int) -> Sequence[int]:
-        take, taken = self._state.backends.take, self._backends
+        pool, room = self._state.backends, self._state.tables.backends.max_entries - 1
+        if len(pool) + count > room:
+            # Not tried: what is given back rests, and plans that would fit could not be written.
+            raise DataplaneError(f"{count} backends more than {len(pool)} of {room} do not fit")
+        take, taken = pool.take, self._backends
         start = len(taken)
         for _ in range(count):
             taken.append(take())
