@@ -14,6 +14,10 @@ from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.model.service import ServiceName, ServiceType, TrafficPolicy
 from ebpf_svc.watch.raw import Kind
 
+PROTOCOLS = tuple(Protocol)
+SERVICE_TYPES = tuple(ServiceType)
+POLICIES = tuple(TrafficPolicy)
+
 
 class ObjectRef(NamedTuple):
     """Identity of an object; the namespace is empty for nodes."""
@@ -36,6 +40,9 @@ class FamilyPolicy(StrEnum):
     SINGLE_STACK = "SingleStack"
     PREFER_DUAL_STACK = "PreferDualStack"
     REQUIRE_DUAL_STACK = "RequireDualStack"
+
+
+FAMILY_POLICIES = tuple(FamilyPolicy)
 
 
 class Distribution(StrEnum):

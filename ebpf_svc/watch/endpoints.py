@@ -14,8 +14,8 @@ from ebpf_svc.model.endpoint import NO_HINTS, Endpoint, EndpointPort, EndpointSl
 from ebpf_svc.model.net import Family, Protocol, family_of
 from ebpf_svc.model.service import ServiceName
 from ebpf_svc.watch import raw
-from ebpf_svc.watch.declared import DeclaredEndpoints, DeclaredSlice, ObjectRef
-from ebpf_svc.watch.faults import Faults, family_named
+from ebpf_svc.watch.declared import PROTOCOLS, DeclaredEndpoints, DeclaredSlice, ObjectRef
+from ebpf_svc.watch.faults import Faults, family_named, usable_address
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
@@ -68,18 +68,17 @@ def _endpoint(entry: raw.Endpoint, index: int, family: Family, faults: Faults) -
     if not texts:
         said = "must contain at least 1 endpoint address"
         faults.required(f"endpoints[{index}].addresses", said)
-    first = ""
-    for i, text in enumerate(texts):
-        path = f"endpoints[{index}].addresses[{i}]"
-        address = faults.endpoint_address(path, text)
-        if address and family_of(address) is not family:
-            faults.invalid(path, text, f"must be an {family.label} address")
-        # All are checked, but only the first is used (E4).
-        first = first or address
-    conditions = entry.get("conditions") or {}
-    hints = entry.get("hints") or {}
+    # All are checked, but only the first is used (E4).
+    addresses = [usable_address(text) for text in texts]
+    for i, address in enumerate(addresses):
+        if not address or family_of(address) is not family:
+            path = f"endpoints[{index}].addresses[{i}]"
+            if faults.endpoint_address(path, texts[i]):
+                faults.invalid(path, texts[i], f"must be an {family.label} address")
+    conditions: raw.Conditions = entry.get("conditions") or {}
+    hints: raw.Hints = entry.get("hints") or {}
     return Endpoint(
-        address=first,
+        address=addresses[0] if addresses else "",
         # E5: what is not said is true, except termination.
         ready=conditions.get("ready") is not False,
         serving=conditions.get("serving") is not False,
@@ -111,7 +110,7 @@ def _ports(
         if name in names:
             faults.duplicate(f"{path}[{i}].name", name)
         names.add(name)
-        known = faults.supported(f"{path}[{i}].protocol", protocol, list(Protocol))
+        known = faults.supported(f"{path}[{i}].protocol", protocol, PROTOCOLS)
         if number := entry.get("port"):
             faults.port(f"{path}[{i}].port", number)
             if known:

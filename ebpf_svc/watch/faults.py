@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from pydantic import ValidationError
 
@@ -50,6 +50,8 @@ _PORT_RULE = "must be between 1 and 65535, inclusive"
 _ADDRESS_RULE = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"
 _PREFIX_RULE = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"
 
+_SPECIAL = ("0.0.0.0", "127.", "169.254.", "224.0.0.", "::", "fe8", "fe9", "fea", "feb", "ff02:")
+
 _TYPES = {
     "string_type": "a string",
     "int_type": "an integer",
@@ -85,12 +87,11 @@ class Faults(list[Fault]):
     def forbidden(self, field: str, detail: str) -> None:
         self.append(Fault(field, f"Forbidden: {detail}"))
 
-    def supported(self, field: str, value: str, supported: Iterable[str]) -> bool:
+    def supported(self, field: str, value: str, supported: Collection[str]) -> bool:
         """Check membership; words are listed in alphabetical order, as the API does."""
-        words = sorted(supported)
-        if value in words:
+        if value in supported:
             return True
-        said = ", ".join(_shown(word) for word in words)
+        said = ", ".join(_shown(word) for word in sorted(supported))
         self.append(Fault(field, f"Unsupported value: {_shown(value)}: supported values: {said}"))
         return False
 
@@ -211,6 +212,15 @@ def parse_address(text: str) -> str:
     return address
 
 
+def usable_address(text: str) -> str:
+    """What `Faults.endpoint_address` answers, without saying why not."""
+    try:
+        address = parse_address(text)
+    except ValueError:
+        return ""
+    return "" if _special(address) else address
+
+
 def family_named(name: str) -> Family:
     """`IPv4`, `IPv6` of the API as a family; raises KeyError for any other word."""
     return {"IPv4": Family.V4, "IPv6": Family.V6}[name]
@@ -218,6 +228,8 @@ def family_named(name: str) -> Family:
 
 def _special(address: str) -> str:
     """Why an endpoint or external IP may not have this address; empty = it may."""
+    if not address.startswith(_SPECIAL):
+        return ""
     if address in ("0.0.0.0", "::"):
         return f"may not be unspecified ({address})"
     if address.startswith("127.") or address == "::1":

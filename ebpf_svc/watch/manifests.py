@@ -46,6 +46,7 @@ _KINDS: Mapping[Kind, _Declare] = {
     Kind.POD: _declaration(raw.POD, declare_pod),
     Kind.NODE: _declaration(raw.NODE, declare_node),
 }
+_NAMES = frozenset(_KINDS)
 
 
 @dataclass(slots=True)
@@ -122,7 +123,7 @@ def _read_object(source: str, item: Any, parsed: Parsed, listed_as: str = "") ->
         for entry in item["items"]:
             _read_object(source, entry, parsed, kind.removesuffix("List"))
         return
-    if kind not in list(Kind):
+    if kind not in _NAMES:
         parsed.ignored_count += 1
         return
     expected = Kind(kind).api_version

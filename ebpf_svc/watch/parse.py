@@ -54,7 +54,10 @@ def split(data: bytes) -> Iterator[Document]:
     directives or explicit document ends are rare and stay whole.
     """
     start = line = 0
-    ends = [] if _UNSPLITTABLE.search(data) else [m.start() for m in _SEPARATOR.finditer(data)]
+    ends = []
+    # A plain search is much faster, and says for most JSON that there is nothing to cut.
+    if b"\n---" in data and not _UNSPLITTABLE.search(data):
+        ends = [match.start() for match in _SEPARATOR.finditer(data)]
     for end in (*ends, len(data)):
         text = data[start:end]
         # The first document need not begin with dashes, the last not end with a line.

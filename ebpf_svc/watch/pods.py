@@ -6,7 +6,7 @@ import sys
 
 from ebpf_svc.model.net import Protocol
 from ebpf_svc.watch import raw
-from ebpf_svc.watch.declared import DeclaredNode, DeclaredPod, ObjectRef, PodPort
+from ebpf_svc.watch.declared import PROTOCOLS, DeclaredNode, DeclaredPod, ObjectRef, PodPort
 from ebpf_svc.watch.faults import Faults
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
@@ -70,7 +70,7 @@ def _ports(spec: raw.PodSpec, faults: Faults) -> tuple[PodPort, ...]:
                 path = f"spec.{field}[{i}].ports[{j}]"
                 number, protocol = entry.get("containerPort") or 0, entry.get("protocol") or "TCP"
                 faults.port(f"{path}.containerPort", number)
-                if not faults.supported(f"{path}.protocol", protocol, list(Protocol)):
+                if not faults.supported(f"{path}.protocol", protocol, PROTOCOLS):
                     continue
                 if name := entry.get("name"):
                     faults.port_name(f"{path}.name", name)

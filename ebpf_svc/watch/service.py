@@ -12,6 +12,10 @@ from ebpf_svc.model.net import Protocol, family_of
 from ebpf_svc.model.service import ServiceName, ServiceType, TrafficPolicy
 from ebpf_svc.watch import raw
 from ebpf_svc.watch.declared import (
+    FAMILY_POLICIES,
+    POLICIES,
+    PROTOCOLS,
+    SERVICE_TYPES,
     DeclaredPort,
     DeclaredService,
     Distribution,
@@ -37,7 +41,7 @@ def declare_service(ref: ObjectRef, service: raw.Service, faults: Faults) -> Dec
     spec = service.get("spec") or {}
     faults.dns_1035("metadata.name", ref.name)
     kind = spec.get("type") or "ClusterIP"
-    if not faults.supported("spec.type", kind, list(ServiceType)):
+    if not faults.supported("spec.type", kind, SERVICE_TYPES):
         return None
     service_type = ServiceType(kind)
     asked = _cluster_ips(spec, service_type, faults)
@@ -56,7 +60,7 @@ def declare_service(ref: ObjectRef, service: raw.Service, faults: Faults) -> Dec
     source_ranges = _source_ranges(spec, service_type, faults)
     external_policy, health_check = _external_policy(spec, service_type, faults)
     internal_policy = spec.get("internalTrafficPolicy") or "Cluster"
-    faults.supported("spec.internalTrafficPolicy", internal_policy, list(TrafficPolicy))
+    faults.supported("spec.internalTrafficPolicy", internal_policy, POLICIES)
     distribution = spec.get("trafficDistribution") or ""
     if distribution:
         faults.supported("spec.trafficDistribution", distribution, _DISTRIBUTIONS)
@@ -131,7 +135,7 @@ def _port(entry: raw.ServicePort, path: str, faults: Faults) -> DeclaredPort:
         faults.port_name(f"{path}.targetPort", target)
     elif target != number:
         faults.port(f"{path}.targetPort", target)
-    known = faults.supported(f"{path}.protocol", protocol, list(Protocol))
+    known = faults.supported(f"{path}.protocol", protocol, PROTOCOLS)
     return DeclaredPort(
         name=entry.get("name") or "",
         protocol=Protocol(protocol) if known else Protocol.TCP,
@@ -201,7 +205,7 @@ def _families(
         faults.supported(f"spec.ipFamilies[{i}]", family, ("IPv4", "IPv6"))
         if family in families[:i]:
             faults.duplicate(f"spec.ipFamilies[{i}]", family)
-    faults.supported("spec.ipFamilyPolicy", policy, list(FamilyPolicy))
+    faults.supported("spec.ipFamilyPolicy", policy, FAMILY_POLICIES)
     if spec.get("type") == ServiceType.EXTERNAL_NAME:
         for field in ("ipFamilies", "ipFamilyPolicy"):
             if spec.get(field):
@@ -268,7 +272,7 @@ def _external_policy(
         faults.invalid("spec.externalTrafficPolicy", policy, said)
         return TrafficPolicy.CLUSTER, False
     policy = policy or TrafficPolicy.CLUSTER
-    if not faults.supported("spec.externalTrafficPolicy", policy, list(TrafficPolicy)):
+    if not faults.supported("spec.externalTrafficPolicy", policy, POLICIES):
         return TrafficPolicy.CLUSTER, False
     local = policy == TrafficPolicy.LOCAL
     needed = local and service_type is ServiceType.LOAD_BALANCER
