@@ -1,0 +1,1 @@
+"""Measurements of this program on the machine at hand."""

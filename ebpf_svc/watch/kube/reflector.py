@@ -1,0 +1,334 @@
+"""Follow one kind of objects: list them, then watch from where the list ended, for ever.
+
+Whatever goes wrong, the store keeps what it has. A watch that breaks is resumed from the last
+version seen; when that is too old, everything is listed again and compared with what is there, so
+that deletions nobody saw are noticed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from ebpf_svc.log import get_logger
+from ebpf_svc.watch.kube import wire
+from ebpf_svc.watch.kube.connection import Answer, ApiServer
+from ebpf_svc.watch.kube.decode import (
+    Key,
+    Line,
+    Problems,
+    Reading,
+    Resource,
+    read_line,
+    read_page,
+)
+from ebpf_svc.watch.kube.failures import Expired, Refused, Silent, Unreachable
+from ebpf_svc.watch.kube.ledger import Ledger
+from ebpf_svc.watch.kube.outage import Outage
+from ebpf_svc.watch.kube.settings import KubernetesSettings
+
+log = get_logger(__name__)
+
+WATCH_S = (300, 600)
+"""The server ends a watch after a time from this range, so that not all end at once."""
+SHORT_WATCH_S = 1.0
+"""A watch that ends sooner and without a word counts as a failure."""
+FIRST_REFUSAL_S, LONGEST_REFUSAL_S = 0.5, 10.0
+"""Pauses after an error about this kind alone, such as a missing permission; they double."""
+ABSENT_S = 600.0
+"""Pause before an optional kind is asked for again: the server may have been upgraded."""
+_RESUMABLE = frozenset({401, 403, 429, 500, 502, 503})
+"""Errors that say nothing about the version asked for; after others, everything is listed anew."""
+
+ItemT = TypeVar("ItemT", bound=wire.Object)
+ValueT = TypeVar("ValueT")
+
+
+class Sink(Protocol[ValueT]):
+    """Where objects go."""
+
+    def get(self, key: Key) -> ValueT | None:
+        """The value there is, if any."""
+
+    def replace(self, values: Mapping[Key, ValueT]) -> None:
+        """Take these for all there are."""
+
+    def put(self, key: Key, value: ValueT) -> None:
+        """Add or replace one."""
+
+    def delete(self, key: Key) -> None:
+        """Forget one; unknown ones are none."""
+
+
+@dataclass
+class Progress:
+    """How the following of a kind goes, for health and metrics; written by one thread."""
+
+    is_listed: bool = False
+    """All objects were seen once."""
+    is_watching: bool = False
+    lists: int = 0
+    events: int = 0
+    heard_s: float = 0.0
+    """When the server last said anything, by the monotonic clock; 0 = never."""
+
+
+class _Found(Generic[ValueT]):
+    """A list as it grows; the sink gets it when it is complete."""
+
+    def __init__(self) -> None:
+        self.values: dict[Key, ValueT] = {}
+        self.problems: dict[Key, Problems] = {}
+        self.started_s = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What those who follow one API server have in common."""
+
+    server: ApiServer
+    outage: Outage
+    ledger: Ledger
+    settings: KubernetesSettings
+
+
+class Reflector(Generic[ItemT, ValueT]):
+    """Keeps a sink in line with the API server, from a thread of its own."""
+
+    def __init__(
+        self, resource: Resource[ItemT, ValueT], sink: Sink[ValueT], shared: Shared
+    ) -> None:
+        self._resource, self._sink = resource, sink
+        self._server, self._outage = shared.server, shared.outage
+        self._ledger, self._settings = shared.ledger, shared.settings
+        self.progress = Progress()
+        self._stopping = threading.Event()
+        self._answer: Answer | None = None
+        self._version = ""
+        """Everything up to here is in the sink; empty = list."""
+        self._streams = shared.settings.streaming_lists and not resource.is_small
+        self._page_size = shared.settings.page_size
+        self._refusals = 0
+        name = f"watch-{resource.kind}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to end; the sink keeps what it has."""
+        self._stopping.set()
+        self._outage.wake()
+        if answer := self._answer:
+            answer.interrupt()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread to end."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._outage.wait_turn(self._stopping)
+            if self._stopping.is_set():
+                return
+            try:
+                self._follow()
+            except Silent as error:
+                log.debug("watch.silent", source=self._resource.kind, reason=str(error))
+            except Expired as error:
+                log.info("watch.expired", source=self._resource.kind, reason=str(error))
+                # Should even a fresh list expire between two pages, the next comes in one piece.
+                self._page_size = self._page_size if self._version else 0
+                self._version = ""
+            except Unreachable as error:
+                self._lost(error)
+            except Refused as error:
+                self._refused(error)
+            finally:
+                self.progress.is_watching = False
+
+    def _follow(self) -> None:
+        """List if need be, then watch until the server ends it."""
+        if self._outage.is_on:
+            self._server.probe()
+        if not self._version and not self._streams:
+            self._list()
+        started_s, events = time.monotonic(), self.progress.events
+        self._watch()
+        if (
+            time.monotonic() - started_s < SHORT_WATCH_S
+            and events == self.progress.events
+            and not self._stopping.is_set()
+        ):
+            raise Unreachable("the watch ended at once")
+
+    def _list(self) -> None:
+        """List page by page; the sink changes once, when all is there."""
+        found = _Found[ValueT]()
+        token = ""
+        # Version 0 = what the server has at hand. Not so after it was too old once.
+        at_hand = self._resource.is_small and not self.progress.lists
+        while not self._stopping.is_set():
+            query = {
+                "limit": str(self._page_size or ""),
+                "continue": token,
+                "resourceVersion": "0" if at_hand else "",
+            }
+            meta, readings = read_page(self._resource, self._ask(query, packed=True).read())
+            for reading in readings:
+                self._find(reading, found)
+            self.progress.heard_s = time.monotonic()
+            token = meta.get("continue") or ""
+            if not token:
+                self._listed(found, meta.get("resourceVersion") or "")
+                return
+
+    def _watch(self) -> None:
+        """Take events until the server ends the watch, after all objects if there is no version."""
+        found = None if self._version else _Found[ValueT]()
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": self._version,
+            "timeoutSeconds": str(random.randint(*WATCH_S)),
+        }
+        if found is not None:
+            query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+        answer = self._ask(query, silence_s=self._settings.silence_s)
+        self.progress.is_watching = True
+        try:
+            for text in answer.lines():
+                self.progress.heard_s = time.monotonic()
+                line = read_line(self._resource, text)
+                if found is None:
+                    self._take(line)
+                elif line.ends_list:
+                    self._listed(found, line.version)
+                    found = None
+                elif line.verb == "DELETED":
+                    found.values.pop(line.reading.key, None)
+                elif line.verb != "BOOKMARK":
+                    self._find(line.reading, found)
+        finally:
+            self._answer = None
+            answer.close()
+
+    def _ask(
+        self, query: Mapping[str, str], *, packed: bool = False, silence_s: float | None = None
+    ) -> Answer:
+        """Send a request, and let all who wait know when the server is there."""
+        try:
+            answer = self._server.get(
+                self._resource.path,
+                {**self._resource.selectors, **query},
+                packed=packed,
+                silence_s=silence_s,
+            )
+        except Refused as error:
+            if not error.is_outage:
+                self._answered()
+            raise
+        except Expired:
+            self._answered()
+            raise
+        self._answered()
+        self._refusals = 0
+        self._answer = answer
+        if self._stopping.is_set():
+            answer.interrupt()
+        return answer
+
+    def _answered(self) -> None:
+        away_s = self._outage.over()
+        if away_s is not None:
+            log.info("watch.restored", source=self._resource.kind, took_ms=round(away_s * 1000))
+
+    # -- objects -----------------------------------------------------------------------------------
+
+    def _find(self, reading: Reading[ValueT], found: _Found[ValueT]) -> None:
+        """Add an object to a list."""
+        key, value = reading.key, reading.value
+        if reading.problems:
+            found.problems[key] = reading.problems
+        if reading.is_broken:
+            # Its last good state is a better guess than its absence.
+            value = self._sink.get(key)
+        if value is not None:
+            found.values[key] = value
+
+    def _listed(self, found: _Found[ValueT], version: str) -> None:
+        self._sink.replace(found.values)
+        self._ledger.replace(self._resource.kind, found.problems)
+        self._version = version
+        self._page_size = self._settings.page_size
+        self.progress.is_listed = True
+        self.progress.lists += 1
+        took_ms = round((time.monotonic() - found.started_s) * 1000)
+        count = len(found.values)
+        log.info("watch.listed", source=self._resource.kind, count=count, took_ms=took_ms)
+
+    def _take(self, line: Line[ValueT]) -> None:
+        """Take an event over into the sink."""
+        reading = line.reading
+        if line.verb != "BOOKMARK":
+            self.progress.events += 1
+            # The wrong shape leaves the last good state in force.
+            if line.verb == "DELETED" or (reading.value is None and not reading.is_broken):
+                self._sink.delete(reading.key)
+            elif reading.value is not None:
+                self._sink.put(reading.key, reading.value)
+            gone = line.verb == "DELETED"
+            self._ledger.put(self._resource.kind, reading.key, () if gone else reading.problems)
+        self._version = line.version or self._version
+
+    # -- failures ----------------------------------------------------------------------------------
+
+    def _lost(self, error: Unreachable | Refused) -> None:
+        if self._stopping.is_set():
+            return
+        retry_after_s = error.retry_after_s if isinstance(error, Refused) else None
+        pause_s = self._outage.failed(retry_after_s)
+        if pause_s is not None:
+            # The first, second, fourth … failure: an hour without server is a dozen lines.
+            write = log.warning if _is_power_of_2(self._outage.failures) else log.debug
+            write(
+                "watch.lost",
+                source=self._resource.kind,
+                address=self._server.url,
+                error=str(error),
+                count=self._outage.failures,
+                retry_s=round(pause_s, 2),
+            )
+
+    def _refused(self, error: Refused) -> None:
+        """Go on after an error the server answered with."""
+        if error.status not in _RESUMABLE:
+            self._version = ""
+        if error.is_outage:
+            self._lost(error)
+            return
+        kind = self._resource.kind
+        if self._resource.is_optional and error.status in (403, 404):
+            log.info("watch.absent", source=kind, reason=str(error), retry_s=ABSENT_S)
+            self._listed(_Found(), "")
+            self._stopping.wait(ABSENT_S)
+        elif self._streams and not self._version and error.status in (400, 422):
+            log.info("watch.streaming-refused", source=kind, reason=str(error))
+            self._streams = False
+        else:
+            doubled_s = FIRST_REFUSAL_S * 2.0 ** min(self._refusals, 10)
+            pause_s = min(doubled_s, LONGEST_REFUSAL_S) * (1 - 0.5 * random.random())
+            self._refusals += 1
+            write = log.warning if _is_power_of_2(self._refusals) else log.debug
+            write("watch.refused", source=kind, error=str(error), retry_s=round(pause_s, 2))
+            self._stopping.wait(pause_s)
+
+
+def _is_power_of_2(number: int) -> bool:
+    return number & (number - 1) == 0
