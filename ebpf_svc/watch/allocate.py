@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from ebpf_svc.errors import ConfigError
 from ebpf_svc.model.net import Family, family_of
 from ebpf_svc.model.service import ServiceName
 from ebpf_svc.watch.declared import DeclaredPort, DeclaredService, FamilyPolicy
@@ -75,6 +76,8 @@ class Allocator:
         """
         ranges = [AddressRange(cidr) for cidr in cidrs]
         self._ranges = {each.family: each for each in ranges}
+        if not ranges or len(self._ranges) < len(ranges):
+            raise ConfigError("service_cidrs", got=[*cidrs], expected="one prefix a family")
         self._ports = PortRange(node_ports)
         self.holdings: Mapping[ServiceName, Holding] = {}
         """What is held, by Services whose manifest is broken too; may be set before first use."""

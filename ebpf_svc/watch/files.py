@@ -70,6 +70,8 @@ class FileSource:
         self._rewatch()
         self._folder.refresh(time.monotonic())
         self._publish()
+        ignored = sum(each.ignored_count for _, found in self._folder.files() for each in found)
+        log.debug("manifests.other-kinds", count=ignored)
         self._thread.start()
 
     def stop(self) -> None:

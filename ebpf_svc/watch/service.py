@@ -1,7 +1,7 @@
 """A Service's manifest: the API server's rules and defaults that need nothing but the manifest.
 
-What depends on other Services (free addresses, free ports, immutable fields) is in `allocate`.
-Rule numbers are those of docs/behaviours.md.
+What depends on other Services (free addresses, free ports, immutable fields) is in `allocate`;
+what the fields then do (rules F1-F18) is the plan's.
 """
 
 from __future__ import annotations

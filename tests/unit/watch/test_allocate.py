@@ -320,6 +320,8 @@ def test_other_ranges_than_before_move_what_lies_outside() -> None:
         (("10.96.0.0",), (1, 2), None),
         (("10.96.0.1/16",), (1, 2), "service_cidrs"),
         (("nonsense",), (1, 2), "service_cidrs"),
+        ((), (1, 2), "service_cidrs"),
+        (("10.96.0.0/16", "10.97.0.0/16"), (1, 2), "service_cidrs"),
         (("10.96.0.0/16",), (2, 1), "node_port_range"),
         (("10.96.0.0/16",), (0, 1), "node_port_range"),
     ],
