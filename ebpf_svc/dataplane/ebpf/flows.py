@@ -109,5 +109,11 @@ class FlowReader:
             backend=at(value.backend_addr, value.backend_port, value.backend_proto),
             backend_id=value.backend_id,
             state=value.state,
-            idle_s=max(0, self._now_s - value.seen_s),
+            idle_s=_idle_s(self._now_s, value.seen_s),
         )
+
+
+def _idle_s(now_s: int, seen_s: int) -> int:
+    """Seconds since a flow was seen, in the 32 bits the programs count with; never negative."""
+    difference = now_s - seen_s & 0xFFFFFFFF
+    return 0 if difference >> 31 else difference
