@@ -10,7 +10,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ebpf_svc.config import Settings
@@ -67,6 +68,34 @@ class SystemClock:
         event.wait(timeout_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """One sync that reached the dataplane; single service ports may have failed."""
+
+    desired: DesiredState
+    report: ApplyReport
+    resync: bool
+    """The kernel was read back first."""
+    plan_s: float
+    apply_s: float
+
+
+class SyncObserver(Protocol):
+    """Whoever wants to know how syncs go; called by the loop's thread, and must not hold it up."""
+
+    def started(self) -> None:
+        """The loop runs; it may have nothing to apply yet."""
+
+    def queued(self, snapshot: Snapshot) -> None:
+        """This snapshot is about to be applied; `applied` or `failed` follows, unless it hangs."""
+
+    def applied(self, synced: Synced) -> None:
+        """The kernel was told."""
+
+    def failed(self, error: DataplaneError) -> None:
+        """Nobody knows what of it the kernel was told; the loop tries again."""
+
+
 class SyncLoop:
     """The loop between a store and a dataplane; `run()` returns after `close()`."""
 
@@ -79,6 +108,7 @@ class SyncLoop:
         clock: Clock | None = None,
         *,
         on_ready: Callable[[], None] = lambda: None,
+        observers: Sequence[SyncObserver] = (),
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """Bind the parts; nothing runs yet.
@@ -87,11 +117,12 @@ class SyncLoop:
             store, planner, dataplane, settings: the parts; `run()` needs the dataplane open.
             clock: None = the machine's.
             on_ready: called once, after the first apply that reached the dataplane.
+            observers: told of every sync, in this order.
             jitter: gives numbers from 0 to below 1.
         """
         self._store, self._planner, self._dataplane = store, planner, dataplane
         self._settings, self._clock = settings, clock or SystemClock()
-        self._on_ready, self._jitter = on_ready, jitter
+        self._on_ready, self._observers, self._jitter = on_ready, observers, jitter
         self._status = StatusWriter(settings.run_dir, mode=dataplane.name, node=settings.node_name)
         self._closing = threading.Event()
         self._resync_wanted = False
@@ -125,6 +156,8 @@ class SyncLoop:
             BaseException: whatever no part expected; forwarding goes on with what the kernel holds.
         """
         self._status.starting()
+        for observer in self._observers:
+            observer.started()
         while not self._closing.is_set():
             wanted = self._resync_wanted or self._store.changed.is_set()
             due = self._not_before if wanted else min(self._retry_at, self._resync_at)
@@ -148,13 +181,18 @@ class SyncLoop:
         self._resync_wanted = False
         if snapshot is None:
             return
+        for observer in self._observers:
+            observer.queued(snapshot)
         desired = self._planner.plan(snapshot)
+        planned = self._clock.now()
         self._log_new_conflicts(desired.problems)
         try:
             report = self._dataplane.apply(desired, resync=resync)
         except DataplaneError as exc:
             # Nobody knows how far it came, so the next try reads back first, whenever that is.
             self._in_doubt, self._resync_at = True, math.inf
+            for observer in self._observers:
+                observer.failed(exc)
             retry_s = self._retry_later()
             log.error("sync.refused", revision=desired.revision, error=str(exc), retry_s=retry_s)
             self._status.refused(
@@ -165,6 +203,9 @@ class SyncLoop:
             )
             return
         ended = self._clock.now()
+        synced = Synced(desired, report, resync, planned - started, ended - planned)
+        for observer in self._observers:
+            observer.applied(synced)
         took_ms = round((ended - started) * 1000, 2)
         self._not_before = ended + self._settings.min_sync_period_s
         self._in_doubt = False

@@ -60,3 +60,5 @@ class Snapshot:
     """Prefixes cluster IPs come from, sorted, where the API says so (W4); empty = not known."""
     revision: int = 0
     """Grows by one with every change of the store."""
+    since_s: float = field(default=0.0, compare=False)
+    """Monotonic time of the oldest change that the snapshot taken before lacks; 0 = not known."""

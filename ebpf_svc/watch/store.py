@@ -10,6 +10,7 @@ Snapshot was taken, not with every change.
 from __future__ import annotations
 
 import threading
+import time
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,8 @@ class Store:
         self._private_slices: dict[ServiceName, tuple[EndpointSlice, ...]] | None = None
         self._owners: dict[SliceName, ServiceName] | None = None
         """Which Service each slice belongs to; None until asked for."""
+        self._is_taken = False
+        """Whoever applies has taken `_current`: the next change is one it lacks."""
 
     def snapshot(self) -> Snapshot | None:
         """The latest state; None until services and slices have been given once (M4)."""
@@ -53,6 +56,7 @@ class Store:
             if self._missing:
                 return None
             self._private = self._private_slices = None
+            self._is_taken = True
             return self._current
 
     def await_node(self) -> None:
@@ -188,7 +192,10 @@ class Store:
         return awaited and not self._missing
 
     def _advance(self, new: Snapshot) -> None:
-        self._current = replace(new, revision=self._current.revision + 1)
+        is_first = self._is_taken or not self._current.revision
+        since_s = time.monotonic() if is_first else self._current.since_s
+        self._current = replace(new, revision=self._current.revision + 1, since_s=since_s)
+        self._is_taken = False
         if not self._missing:
             self.changed.set()
 

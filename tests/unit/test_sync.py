@@ -29,7 +29,7 @@ from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.model.service import ServicePortName
 from ebpf_svc.model.snapshot import NodeFacts, Problem, Snapshot
 from ebpf_svc.status import read_names
-from ebpf_svc.sync import SyncLoop
+from ebpf_svc.sync import Synced, SyncLoop
 
 WEB = PlanKey(ServicePortName("default", "web", "http", Protocol.TCP), Family.V4)
 PLAN = ServicePlan(
@@ -118,12 +118,36 @@ class Recorder:
         return {}
 
 
+@dataclass
+class Told:
+    """An observer that keeps what it was told, with the time."""
+
+    clock: FakeClock
+    calls: list[tuple[float, str, object]] = field(default_factory=list)
+
+    def started(self) -> None:
+        self._note("started", None)
+
+    def queued(self, snapshot: Snapshot) -> None:
+        self._note("queued", snapshot.revision)
+
+    def applied(self, synced: Synced) -> None:
+        self._note("applied", synced)
+
+    def failed(self, error: DataplaneError) -> None:
+        self._note("failed", str(error))
+
+    def _note(self, what: str, detail: object) -> None:
+        self.calls.append((round(self.clock.now() - 100, 3), what, detail))
+
+
 class Rig:
     """A loop with everything around it replaced."""
 
     def __init__(self, run_dir: Path) -> None:
         self.clock, self.store, self.planner = FakeClock(), FakeStore(), FakePlanner()
         self.dataplane = Recorder(self.clock)
+        self.told = Told(self.clock)
         self.run_dir = run_dir
         self.ready_count = 0
         self.settings = Settings(
@@ -150,6 +174,7 @@ class Rig:
             self.settings,
             self.clock,
             on_ready=count_ready,
+            observers=(self.told,),
             jitter=lambda: 0.0,
         )
 
@@ -372,6 +397,28 @@ def test_conflict_is_logged_once_while_it_lasts(rig: Rig) -> None:
     assert [(line["object"], line["reason"]) for line in named] == [
         ("Service shop/web", "is taken by shop/api")
     ] * 2
+
+
+def test_observers_are_told_of_every_sync(rig: Rig) -> None:
+    """Started once; then queued before each try and applied or failed after it."""
+    report = ApplyReport(writes=3, changed=1)
+    rig.dataplane.took_s = 0.25
+
+    def answer(nth: int) -> ApplyReport:
+        if nth == 1:
+            raise DataplaneError("map slots: no space")
+        return report
+
+    rig.dataplane.answer = answer
+    rig.clock.at(5, rig.store.change)
+    rig.run(until_s=10)
+    assert rig.told.calls == [
+        (0.0, "started", None),
+        (5.0, "queued", 1),
+        (5.25, "failed", "map slots: no space"),
+        (6.25, "queued", 1),
+        (6.5, "applied", Synced(DesiredState({WEB: PLAN}, revision=1), report, True, 0.0, 0.25)),
+    ]
 
 
 def test_unexpected_exception_ends_the_loop(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,3 +179,22 @@ def test_the_snapshot_is_what_was_last_put_in(worlds: list[dict[str, int]]) -> N
             for name, items in before.slices.items():
                 assert after.slices.get(name) is items or after.slices.get(name) != items
         before = after
+
+
+def test_snapshot_knows_its_oldest_change() -> None:
+    """The latency of a change counts from its arrival, not from the last of a burst."""
+    store = Store("node1")
+    store.replace(services={}, slices={})
+    taken = store.snapshot()
+    assert taken is not None
+    before = time.monotonic()
+    store.put_service(make_service("a"))
+    after_first = time.monotonic()
+    store.put_service(make_service("b"))
+    burst = store.snapshot()
+    assert burst is not None
+    assert taken.since_s <= before <= burst.since_s <= after_first
+    store.put_service(make_service("c"))
+    last = store.snapshot()
+    assert last is not None
+    assert last.since_s >= after_first
