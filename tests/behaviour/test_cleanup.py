@@ -11,7 +11,7 @@ from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import ask, serve
-from tests.lib.manifests import TARGET_PORT, Web, node_manifests
+from tests.lib.manifests import Web, node_manifests
 from tests.lib.world import write_manifests
 
 
@@ -21,7 +21,7 @@ def agent(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[
     with Cluster.create(node_count=1, cache_dir=artifact_cache) as cluster:
         (node,) = cluster.nodes
         pod = node.add_pod("web1")
-        serve(pod, tcp=[TARGET_PORT])
+        serve(pod, tcp=[Web(1).target_port])
         manifests = cluster.folder / "manifests"
         manifests.mkdir()
         agent = Agent(node, cluster.settings(node, manifests), mode=dataplane)

@@ -7,9 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from ebpf_svc.testbed.host import Host, Pod
-from ebpf_svc.testbed.traffic import serve
 from tests.behaviour.conftest import Publish
-from tests.lib.manifests import TARGET_PORT
 from tests.lib.probing import (
     BALANCER,
     CLUSTER_IP,
@@ -107,7 +105,6 @@ def test_pod_reaches_itself_through_its_service(world: World, publish: Publish) 
 def test_sandboxed_pod_reaches_itself_through_its_service(world: World, publish: Publish) -> None:
     """On the packet path the pod sees a caller other than itself, so its reply comes back (P9)."""
     pod = world.sandbox1
-    serve(pod, tcp=[TARGET_PORT], udp=[TARGET_PORT])
     web = publish([pod])
     rows = table(world, web, askers=[pod], count=3)
     assert_held(rows, lambda row: row.ok and row.clients.isdisjoint({pod.address(row.family)}))

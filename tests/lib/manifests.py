@@ -11,7 +11,7 @@ from ebpf_svc.testbed.addressing import Addresses
 from ebpf_svc.testbed.host import Node, Pod
 from ebpf_svc.testbed.traffic import Target
 
-PORT, TARGET_PORT = 80, 8080
+PORT = 80
 PROTOCOLS = (Protocol.TCP, Protocol.UDP)
 
 
@@ -29,10 +29,13 @@ class Endpoint:
 class Web:
     """A service on port 80, TCP and UDP, both families, reachable in every way there is.
 
-    The number makes all its addresses; two services of one world never share it.
+    The number makes all its addresses; two services of one world never share it. Each has a target
+    port of its own too, so that what one test leaves behind is nothing to the next.
     """
 
     number: int
+    shared_port: int = 0
+    """Target port, when it is to be the same as another service's."""
     affinity_s: int = 0
     internal_local: bool = False
     external_local: bool = False
@@ -60,6 +63,10 @@ class Web:
         return Addresses(f"198.18.{128 + high}.{low}", f"2001:db8:51::2:{self.number:x}")
 
     @property
+    def target_port(self) -> int:
+        return self.shared_port or 8_000 + self.number
+
+    @property
     def node_port(self) -> int:
         return 30_000 + self.number
 
@@ -81,7 +88,7 @@ class Web:
                     "name": protocol.value.lower(),
                     "protocol": protocol.value,
                     "port": PORT,
-                    "targetPort": TARGET_PORT,
+                    "targetPort": self.target_port,
                     "nodePort": self.node_port,
                 }
                 for protocol in PROTOCOLS
@@ -114,7 +121,11 @@ class Web:
             },
             "addressType": family.label,
             "ports": [
-                {"name": protocol.value.lower(), "protocol": protocol.value, "port": TARGET_PORT}
+                {
+                    "name": protocol.value.lower(),
+                    "protocol": protocol.value,
+                    "port": self.target_port,
+                }
                 for protocol in PROTOCOLS
             ],
             "endpoints": [

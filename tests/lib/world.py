@@ -24,7 +24,7 @@ from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import serve
-from tests.lib.manifests import TARGET_PORT, Endpoint, Web, node_manifests
+from tests.lib.manifests import Endpoint, Web, node_manifests
 from tests.lib.waiting import eventually
 
 SYNC_S = 5.0
@@ -53,8 +53,6 @@ class World:
             self.shell1, self.shell2 = node1.add_pod("shell1"), node2.add_pod("shell2")
             self.sandbox1 = node1.add_sandbox_pod("sandbox1")
             self.webs = (self.web1, self.web2, self.web3)
-            for pod in self.webs:
-                serve(pod, tcp=[TARGET_PORT], udp=[TARGET_PORT])
             self.cluster.route_services(node1)
             self.manifests = self.cluster.folder / "manifests"
             self.manifests.mkdir()
@@ -88,10 +86,19 @@ class World:
         return Web(next(self._numbers), **options)
 
     def publish(self, web: Web, endpoints: Sequence[Endpoint | Pod]) -> None:
-        """Give a service these endpoints; returns once every agent has told its kernel."""
+        """Give a service these endpoints; returns once every agent has told its kernel.
+
+        The pods behind it answer on its target port from then on.
+        """
+        for one in endpoints:
+            pod = one.pod if isinstance(one, Endpoint) else one
+            serve(pod, tcp=[web.target_port], udp=[web.target_port])
         before = self._revisions()
         if self._write(web.name, web.manifests(endpoints)):
             self._await_sync(before)
+        for agent in self.agents:
+            if agent.running:
+                assert agent.status()["failed"] == []
 
     def withdraw(self, *webs: Web) -> None:
         """Take services away again."""
