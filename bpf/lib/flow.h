@@ -60,14 +60,18 @@ static __always_inline bool flow_holds(const struct flow_value *flow, const stru
  */
 static __always_inline struct flow_value *flow_of_request(struct flow_key *key,
 							   const struct l4_addr *frontend,
-							   struct flow_value **other)
+							   bool opening, struct flow_value **other)
 {
 	struct flow_value *first = flows.lookup(key), *second;
 
 	*other = NULL;
 	if (first && l4_addr_equal(&first->frontend, frontend))
 		return first;
-	/* Also without a first one: it may have been evicted. */
+	/* The first may have been evicted; but a client that opens a connection
+	 * hardly ever has a second flow and not the first: not worth a search.
+	 */
+	if (!first && opening)
+		return NULL;
 	key->second = 1;
 	second = flows.lookup(key);
 	if (second && l4_addr_equal(&second->frontend, frontend))

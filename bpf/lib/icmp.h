@@ -115,7 +115,7 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	key.client_port = inner.dport;
 	key.service = service->service;
 	key.proto = inner.proto;
-	flow = flow_of_request(&key, &frontend, &other);
+	flow = flow_of_request(&key, &frontend, false, &other);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	quoted.src = flow->backend.addr;

@@ -182,7 +182,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	key.service = frontend->service;
 	key.client_port = pkt.sport;
 	key.proto = pkt.proto;
-	flow = flow_of_request(&key, &to, &other);
+	flow = flow_of_request(&key, &to, is_opening(&pkt), &other);
 	if (!flow || !flow_holds(flow, &pkt, now_s())) {
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
 		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
