@@ -29,7 +29,7 @@ from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.dataplane.inspect import FlowView, KernelPart
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
-from ebpf_svc.host import mounts, nft
+from ebpf_svc.host import nft
 from ebpf_svc.host.nft import MasqueradeRules
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView
@@ -201,7 +201,6 @@ class EbpfDataplane:
             lambda: detach_all(settings),
             lambda: nft.masquerade_rules(constants.MASQUERADE_MARK).remove(),
             lambda: tables.remove_pins(settings),
-            lambda: mounts.release_bpffs(settings.bpffs),
         )
         for remove in steps:
             try:
