@@ -93,7 +93,7 @@ static __always_inline int store_ends(struct __sk_buff *skb, const struct packet
 static __always_inline int fix_l4_csum(struct __sk_buff *skb, const struct packet *pkt,
 				       __u32 addresses, __u32 ports)
 {
-	__u32 at = pkt->l4 + (pkt->proto == IPPROTO_TCP ? 16 : 6);
+	__u32 at = pkt->l4 + (pkt->proto == IPPROTO_TCP ? TCP_CHECK_OFFSET : UDP_CHECK_OFFSET);
 	__u64 mangled_0 = pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 
 	if (pkt->proto == IPPROTO_SCTP)	/* CRC32c over the chunk, no pseudo header */

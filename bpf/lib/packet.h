@@ -53,7 +53,9 @@ struct packet {
 #define ICMP_HEADER_BYTES 8
 #define PORTS_BYTES 4
 #define TCP_HEADER_BYTES 20
+#define TCP_CHECK_OFFSET 16
 #define UDP_HEADER_BYTES 8
+#define UDP_CHECK_OFFSET 6
 #define SCTP_HEADER_BYTES 16	/* with that of the first chunk */
 
 /* Enough for any header chain worth translating: Ethernet, an IP header with

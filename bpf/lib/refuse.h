@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #pragma once
 
-/* Refuse a packet at once (P2): answer ICMP port unreachable, from the service
- * address, on the device the packet came by. TCP clients that are connecting
- * report ECONNREFUSED for it, as they do for kube-proxy's REJECT.
+/* Refuse a packet at once (P2), from the service address, on the device it came
+ * by: TCP with a reset, the rest with ICMP port unreachable. Kube-proxy's REJECT
+ * answers TCP by ICMP too, but a socket still inside connect(2) takes an ICMP
+ * error as a hint and asks again a second later.
  */
 #include "nat.h"
 
@@ -19,22 +20,21 @@ struct icmp_error {
 };
 #endif
 
-/* Quoted: the IP header and the start of what follows. TCP needs its whole
- * header: with checksum offload an skb cannot be cut before its checksum.
- */
-#define QUOTE_UDP_BYTES (IP_HEADER_BYTES + UDP_HEADER_BYTES)
-#define QUOTE_TCP_BYTES (IP_HEADER_BYTES + TCP_HEADER_BYTES)
+/* Quoted: the IP header and the first bytes of what follows. */
+#define QUOTED_BYTES (IP_HEADER_BYTES + UDP_HEADER_BYTES)
+
+#define HOPS 64
 
 #if IP_FAMILY == 4
 static __always_inline void fill_icmp_error(struct icmp_error *error, const struct packet *pkt,
-					    __u32 quoted_bytes, __u32 quoted_sum)
+					    __u32 quoted_sum)
 {
 	__u32 sum;
 
 	error->ip.version = 4;
 	error->ip.ihl = 5;
-	error->ip.tot_len = bpf_htons(sizeof(*error) + quoted_bytes);
-	error->ip.ttl = 64;
+	error->ip.tot_len = bpf_htons(sizeof(*error) + QUOTED_BYTES);
+	error->ip.ttl = HOPS;
 	error->ip.protocol = IPPROTO_ICMP;
 	error->ip.saddr = pkt->dst.word[0];
 	error->ip.daddr = pkt->src.word[0];
@@ -49,15 +49,15 @@ static __always_inline void fill_icmp_error(struct icmp_error *error, const stru
 #define ICMPV6_PORT_UNREACHABLE 4
 
 static __always_inline void fill_icmp_error(struct icmp_error *error, const struct packet *pkt,
-					    __u32 quoted_bytes, __u32 quoted_sum)
+					    __u32 quoted_sum)
 {
-	__u16 length = sizeof(error->icmp) + quoted_bytes;
+	__u16 length = sizeof(error->icmp) + QUOTED_BYTES;
 	__u32 sum;
 
 	error->ip.version = 6;
 	error->ip.payload_len = bpf_htons(length);
 	error->ip.nexthdr = IPPROTO_ICMPV6;
-	error->ip.hop_limit = 64;
+	error->ip.hop_limit = HOPS;
 	__builtin_memcpy(&error->ip.saddr, &pkt->dst, sizeof(pkt->dst));
 	__builtin_memcpy(&error->ip.daddr, &pkt->src, sizeof(pkt->src));
 	error->icmp.icmp6_type = ICMPV6_DEST_UNREACH;
@@ -86,28 +86,83 @@ static __always_inline int send_back(struct __sk_buff *skb, __u32 l3)
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-static __always_inline int refuse(struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline int answer_unreachable(struct __sk_buff *skb, const struct packet *pkt)
 {
-	__u32 quoted_bytes = pkt->proto == IPPROTO_TCP ? QUOTE_TCP_BYTES : QUOTE_UDP_BYTES;
-	__u8 quoted[QUOTE_TCP_BYTES] = {};
 	struct icmp_error error = {};
-	__u32 sum;
+	__u8 quoted[QUOTED_BYTES];
 
-	count_drop(DROP_NO_ENDPOINT);
 	/* Options and extension headers are not worth quoting: such a client waits. */
 	if (pkt->l4 != pkt->l3 + IP_HEADER_BYTES || pkt->fragment == FRAGMENT_LATER)
 		return TC_ACT_SHOT;
-	if (bpf_skb_load_bytes(skb, pkt->l3, quoted, QUOTE_UDP_BYTES))
+	if (bpf_skb_load_bytes(skb, pkt->l3, quoted, sizeof(quoted)))
 		return TC_ACT_SHOT;
-	if (pkt->proto == IPPROTO_TCP &&
-	    bpf_skb_load_bytes(skb, pkt->l3, quoted, QUOTE_TCP_BYTES))
-		return TC_ACT_SHOT;
-	/* The rest of the buffer is zero and adds nothing. */
-	sum = bpf_csum_diff(NULL, 0, (void *)quoted, sizeof(quoted), 0);
-	fill_icmp_error(&error, pkt, quoted_bytes, sum);
-	if (bpf_skb_change_tail(skb, pkt->l3 + quoted_bytes, 0) ||
+	fill_icmp_error(&error, pkt, bpf_csum_diff(NULL, 0, (void *)quoted, sizeof(quoted), 0));
+	if (bpf_skb_change_tail(skb, pkt->l3 + sizeof(quoted), 0) ||
 	    bpf_skb_adjust_room(skb, sizeof(error), BPF_ADJ_ROOM_MAC, 0) ||
 	    bpf_skb_store_bytes(skb, pkt->l3, &error, sizeof(error), 0))
 		return TC_ACT_SHOT;
 	return send_back(skb, pkt->l3);
+}
+
+static __always_inline int store_hops(struct __sk_buff *skb, const struct packet *pkt)
+{
+	__u8 hops = HOPS;
+#if IP_FAMILY == 4
+	__be16 ttl_proto;	/* the word of the header checksum it is in */
+
+	if (bpf_skb_load_bytes(skb, pkt->l3 + offsetof(struct iphdr, ttl), &ttl_proto,
+			       sizeof(ttl_proto)) ||
+	    bpf_l3_csum_replace(skb, pkt->l3 + offsetof(struct iphdr, check), ttl_proto,
+				bpf_htons(HOPS << 8 | pkt->proto), sizeof(ttl_proto)))
+		return -1;
+	return bpf_skb_store_bytes(skb, pkt->l3 + offsetof(struct iphdr, ttl), &hops,
+				   sizeof(hops), 0);
+#else
+	return bpf_skb_store_bytes(skb, pkt->l3 + offsetof(struct ipv6hdr, hop_limit), &hops,
+				   sizeof(hops), 0);
+#endif
+}
+
+/* What a reset changes of the segment it answers, as on the wire. */
+struct tcp_answer {
+	__be32 seq;
+	__be32 ack;
+	__u8   length;		/* of the header, and bits that stay */
+	__u8   flags;
+	__be16 window;
+};
+
+/* Turn the segment that opens a connection into the reset that refuses it.
+ * Swapping its ends changes no checksum, and nothing is cut off, so all that
+ * changes are the fields above.
+ */
+static __always_inline int answer_reset(struct __sk_buff *skb, const struct packet *pkt)
+{
+	struct rewrite swapped = {
+		.src = pkt->dst,
+		.dst = pkt->src,
+		.sport = pkt->dport,
+		.dport = pkt->sport,
+	};
+	__u32 at = pkt->l4 + PORTS_BYTES;
+	struct tcp_answer before, after = {};
+	__u32 diff;
+
+	if (bpf_skb_load_bytes(skb, at, &before, sizeof(before)))
+		return TC_ACT_SHOT;
+	after.ack = bpf_htonl(bpf_ntohl(before.seq) + 1);
+	after.length = before.length;
+	after.flags = TCP_RST | TCP_ACK;
+	diff = bpf_csum_diff((void *)&before, sizeof(before), (void *)&after, sizeof(after), 0);
+	if (bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0, diff, 0) ||
+	    bpf_skb_store_bytes(skb, at, &after, sizeof(after), 0) ||
+	    store_ends(skb, pkt, &swapped, 0, true) || store_hops(skb, pkt))
+		return TC_ACT_SHOT;
+	return send_back(skb, pkt->l3);
+}
+
+static __always_inline int refuse(struct __sk_buff *skb, const struct packet *pkt)
+{
+	count_drop(DROP_NO_ENDPOINT);
+	return pkt->proto == IPPROTO_TCP ? answer_reset(skb, pkt) : answer_unreachable(skb, pkt);
 }

@@ -174,10 +174,12 @@ class Oracle:
         return None
 
     def _judge_refusal(self, result: Result, sent: View) -> str | None:
-        """The answer is a well-formed ICMP error about the packet, to its sender."""
+        """The answer is a reset, or a well-formed ICMP error about the packet, to its sender."""
         got = read(result.data, sent.l3, self.family)
         if result.verdict != Verdict.REDIRECT or got is None:
             return "not refused but neither dropped"
+        if sent.proto == socket.IPPROTO_TCP:
+            return self._judge_reset(result, sent, got)
         quote = result.data[got.l4 + 8 :]
         wrong = {
             "refused by no ICMP packet": got.proto != ICMP_NUMBERS[self.family],
@@ -187,6 +189,25 @@ class Oracle:
             "ICMP checksum": _sum(result.data[got.l4 :], self._pseudo_sum(result.data, got))
             % 0xFFFF,
             "IP checksum": self.family is Family.V4 and _sum(result.data[got.l3 : got.l4]) % 0xFFFF,
+        }
+        return next((text for text, is_so in wrong.items() if is_so), None)
+
+    def _judge_reset(self, result: Result, sent: View, got: View) -> str | None:
+        """The segment turned round; a checksum that was wrong stays wrong by as much."""
+        asked, answer = (
+            struct.unpack_from("!IIBB", data, view.l4 + 4)
+            for data, view in ((result.sent, sent), (result.data, got))
+        )
+        before, after = (
+            (_sum(data[view.l4 : view.end]) + _sum(_ends(data, view.l3, self.family))) % 0xFFFF
+            for data, view in ((result.sent, sent), (result.data, got))
+        )
+        wrong = {
+            "refused by another protocol": got.proto != sent.proto,
+            "refused at another length": len(result.data) != len(result.sent),
+            "refused to somebody else": (got.src, got.dst) != (sent.dst, sent.src),
+            "no reset": answer != (0, (asked[0] + 1) % 2**32, asked[2], 0x14),
+            "TCP checksum": before != after,
         }
         return next((text for text, is_so in wrong.items() if is_so), None)
 

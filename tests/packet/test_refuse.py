@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import pytest
-from scapy.all import ICMP, IP, ICMPv6DestUnreach, IPv6
+from scapy.all import ICMP, IP, TCP, ICMPv6DestUnreach, IPv6
 
 from ebpf_svc.dataplane.ebpf.constants import Drop, FrontendFlag
 from ebpf_svc.model.net import Family, Protocol, Sources
 from tests.lib.packet_world import World
-from tests.lib.packets import MASQUERADED, Verdict, with_ends
+from tests.lib.packets import MASQUERADED, Verdict, fresh, with_ends
 
 TCP_AND_UDP = pytest.mark.parametrize("proto", [Protocol.TCP, Protocol.UDP], ids=str)
 
 
-@TCP_AND_UDP
-@pytest.mark.parametrize("program", ["pod_ingress", "node_ingress"])
-@pytest.mark.parametrize("payload", [b"", b"odd", b"x" * 1200], ids=len)
-def test_service_without_endpoints_refuses_at_once(
-    world: World, proto: Protocol, program: str, payload: bytes
+BOTH_INGRESSES = pytest.mark.parametrize("program", ["pod_ingress", "node_ingress"])
+PAYLOADS = pytest.mark.parametrize("payload", [b"", b"odd", b"x" * 1200], ids=len)
+
+
+@BOTH_INGRESSES
+@PAYLOADS
+def test_udp_service_without_endpoints_refuses_at_once(
+    world: World, program: str, payload: bytes
 ) -> None:
     """The client gets ICMP port unreachable from the service itself, about its own packet (P2)."""
     client, vip = (world.net.outside, 40000), (world.net.vip, 80)
-    world.service(*vip, proto, backends=[], flags=FrontendFlag.REJECT)
-    request = world.l4(proto, client, vip, payload=payload)
-    quoted = 40 if proto is Protocol.TCP else 28
-    answer = world.icmp_error(vip[0], client[0], request, quoted_bytes=quoted)
+    world.service(*vip, Protocol.UDP, backends=[], flags=FrontendFlag.REJECT)
+    request = world.udp(client, vip, payload=payload)
+    answer = world.icmp_error(vip[0], client[0], request, quoted_bytes=28)
     answer.src, answer.dst = request.dst, request.src
     if world.family is Family.V4:
         answer[IP].ttl, answer[IP].id, answer[IP].chksum = 64, 0, None
@@ -37,11 +39,36 @@ def test_service_without_endpoints_refuses_at_once(
     assert not world.entries("flows")
 
 
-def test_refusal_of_a_packet_with_options_is_silent(world: World) -> None:
+@BOTH_INGRESSES
+@PAYLOADS
+@pytest.mark.parametrize("header", ["plain", "longer"])
+def test_tcp_service_without_endpoints_resets_at_once(
+    world: World, program: str, payload: bytes, header: str
+) -> None:
+    """The client gets a reset that acknowledges its SYN, whatever its headers carry (P2)."""
+    client, vip = (world.net.outside, 40000), (world.net.vip, 80)
+    world.service(*vip, backends=[], flags=FrontendFlag.REJECT)
+    longer = world.longer_header if header == "longer" else {}
+    request = world.tcp(client, vip, payload=payload, **longer)
+    request[TCP].seq, request[TCP].options = 0xFFFFFFFF, [("MSS", 1460), ("SAckOK", b"")]
+    request[TCP].dataofs = None
+    request.clear_cache()
+    request = fresh(request)
+    answer = with_ends(request, src=vip, dst=client, turned=True)
+    tcp = answer[TCP]
+    tcp.seq, tcp.ack, tcp.flags, tcp.window = 0, 0, "RA", 0
+    network = answer[IP] if world.family is Family.V4 else answer[IPv6]
+    setattr(network, "ttl" if world.family is Family.V4 else "hlim", 64)
+    world.run(program, request).expect(with_ends(answer), verdict=Verdict.REDIRECT)
+    assert world.drops() == {Drop.NO_ENDPOINT: 1}
+    assert not world.entries("flows")
+
+
+def test_refusal_of_a_datagram_with_options_is_silent(world: World) -> None:
     """Its answer would not be worth the code: such a client waits."""
     vip = (world.net.vip, 80)
-    world.service(*vip, backends=[], flags=FrontendFlag.REJECT)
-    request = world.tcp((world.net.pod, 40000), vip, **world.longer_header)
+    world.service(*vip, Protocol.UDP, backends=[], flags=FrontendFlag.REJECT)
+    request = world.udp((world.net.pod, 40000), vip, **world.longer_header)
     world.run("pod_ingress", request).expect_dropped()
     assert world.drops() == {Drop.NO_ENDPOINT: 1}
 
