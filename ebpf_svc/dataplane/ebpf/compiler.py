@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,21 @@ def obtain(
     unit = source.unit_text() if text is None else text
     found, missing = _look_up(families, cache_dir, extra_defines or {}, unit)
     if missing:
-        found |= _compile_all(unit, missing, cache_dir)
+        with _turn(cache_dir):
+            # Another process may have compiled the same while this one waited.
+            found, missing = _look_up(families, cache_dir, extra_defines or {}, unit)
+            if missing:
+                found |= _compile_all(unit, missing, cache_dir)
     return found
+
+
+@contextlib.contextmanager
+def _turn(cache_dir: Path) -> Iterator[None]:
+    """Let one process at a time compile for a cache."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_cached(
