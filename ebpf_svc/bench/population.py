@@ -1,0 +1,134 @@
+"""Clusters of any size for benchmarks: as parsed objects, and as the manifests they come from."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ebpf_svc.model.endpoint import Endpoint, EndpointPort, EndpointSlice
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.service import Service, ServiceName, ServicePort, ServiceType
+from ebpf_svc.model.snapshot import NodeFacts, Snapshot
+
+NODE = NodeFacts(
+    name="node1",
+    addresses=("192.168.0.11",),
+    local_addresses=("127.0.0.1", "192.168.0.11"),
+)
+NODES = 20
+"""Machines the endpoints are spread over."""
+_FIRST_VIP = int(ipaddress.ip_address("10.96.0.1"))
+_FIRST_POD = int(ipaddress.ip_address("10.128.0.1"))
+_PER_FILE = 1000
+"""Services whose manifests share a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """Cluster IP services of one TCP port, each with so many ready endpoints of its own."""
+
+    services: int
+    endpoints: int
+
+    def snapshot(self) -> Snapshot:
+        """What a store holds once it knows them all."""
+        names = [_name(i) for i in range(self.services)]
+        return Snapshot(
+            node=NODE,
+            services={name: self._service(i, name) for i, name in enumerate(names)},
+            slices={name: (self._slice(i, name),) for i, name in enumerate(names)},
+            revision=1,
+        )
+
+    def changed(self, snapshot: Snapshot, number: int) -> Snapshot:
+        """The same with one endpoint of one service replaced by a new one.
+
+        Args:
+            snapshot: of this population, changed or not.
+            number: of the change; each names another service and another address.
+        """
+        name = _name(number * 7919 % self.services)
+        (old,) = snapshot.slices[name]
+        address = f"10.{64 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
+        fresh = replace(old.endpoints[-1], address=address)
+        new = replace(old, endpoints=(*old.endpoints[:-1], fresh))
+        return replace(
+            snapshot,
+            slices={**snapshot.slices, name: (new,)},
+            revision=snapshot.revision + 1,
+        )
+
+    def write_manifests(self, folder: Path) -> None:
+        """Write Services and EndpointSlices as lists of JSON, as `kubectl get -o json` has them."""
+        for start in range(0, self.services, _PER_FILE):
+            items = [
+                item
+                for i in range(start, min(start + _PER_FILE, self.services))
+                for item in self._manifests(i)
+            ]
+            document = {"apiVersion": "v1", "kind": "List", "items": items}
+            (folder / f"services-{start:06}.json").write_text(json.dumps(document))
+
+    def _service(self, i: int, name: ServiceName) -> Service:
+        return Service(
+            name=name,
+            type=ServiceType.CLUSTER_IP,
+            ports=(ServicePort("", Protocol.TCP, 80),),
+            cluster_ips=(_vip(i),),
+        )
+
+    def _slice(self, i: int, name: ServiceName) -> EndpointSlice:
+        return EndpointSlice(
+            namespace=name.namespace,
+            name=f"{name.name}-ipv4",
+            service_name=name,
+            family=Family.V4,
+            ports=(EndpointPort("", Protocol.TCP, 8080),),
+            endpoints=tuple(
+                Endpoint(address, node_name=node) for address, node in self._endpoints(i)
+            ),
+        )
+
+    def _endpoints(self, i: int) -> Iterator[tuple[str, str]]:
+        for j in range(self.endpoints):
+            number = i * self.endpoints + j
+            yield str(ipaddress.ip_address(_FIRST_POD + number)), f"node{number % NODES + 1}"
+
+    def _manifests(self, i: int) -> list[dict[str, Any]]:
+        name = _name(i)
+        metadata = {"namespace": name.namespace, "name": name.name}
+        return [
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": metadata,
+                "spec": {"clusterIP": _vip(i), "ports": [{"port": 80, "targetPort": 8080}]},
+            },
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {
+                    "namespace": name.namespace,
+                    "name": f"{name.name}-ipv4",
+                    "labels": {"kubernetes.io/service-name": name.name},
+                },
+                "addressType": "IPv4",
+                "ports": [{"port": 8080, "protocol": "TCP"}],
+                "endpoints": [
+                    {"addresses": [address], "nodeName": node, "conditions": {"ready": True}}
+                    for address, node in self._endpoints(i)
+                ],
+            },
+        ]
+
+
+def _name(i: int) -> ServiceName:
+    return ServiceName("default", f"svc-{i}")
+
+
+def _vip(i: int) -> str:
+    return str(ipaddress.ip_address(_FIRST_VIP + i))
