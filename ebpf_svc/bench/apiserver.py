@@ -57,6 +57,8 @@ class Request(NamedTuple):
 class MockApiServer:
     """A server on 127.0.0.1; stopped and started again it has the same port and objects."""
 
+    Fault = Fault
+
     def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
         self._collections = {
@@ -67,7 +69,8 @@ class MockApiServer:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
         self._thawed = asyncio.Event()
-        self._version = 1
+        self.version = 1
+        """The newest resource version."""
         self.port = 0
         self.requests: list[Request] = []
         """All that were received, in order."""
@@ -140,8 +143,8 @@ class MockApiServer:
         def put_all() -> None:
             collection = self._of_kind(kind)
             for each in objects:
-                self._version += 1
-                collection.put(each, self._version)
+                self.version += 1
+                collection.put(each, self.version)
             collection.wake()
 
         self._call(put_all)
@@ -150,8 +153,8 @@ class MockApiServer:
         """Delete an object that is there."""
 
         def delete_it() -> None:
-            self._version += 1
-            self._of_kind(kind).delete((namespace, name), self._version)
+            self.version += 1
+            self._of_kind(kind).delete((namespace, name), self.version)
             self._of_kind(kind).wake()
 
         self._call(delete_it)
@@ -160,9 +163,9 @@ class MockApiServer:
         """Tell every watcher that asked for bookmarks how far it is."""
 
         def tell() -> None:
-            self._version += 1
+            self.version += 1
             for collection in self._collections.values():
-                collection.bookmark(self._version)
+                collection.bookmark(self.version)
                 collection.wake()
 
         self._call(tell)
@@ -171,9 +174,9 @@ class MockApiServer:
         """Answer 410 to whoever asks for what happened until now, or goes on with a list."""
 
         def forget() -> None:
-            self._version += 1
+            self.version += 1
             for collection in self._collections.values():
-                collection.forget(self._version)
+                collection.forget(self.version)
 
         self._call(forget)
 
@@ -182,7 +185,7 @@ class MockApiServer:
 
         def send() -> None:
             collection = self._of_kind(kind)
-            collection.history.append(Change(self._version, None, None, raw=text))
+            collection.history.append(Change(self.version, None, None, raw=text))
             collection.wake()
 
         self._call(send)
@@ -263,7 +266,7 @@ class MockApiServer:
         limit = 0 if query.get("resourceVersion") == "0" else int(query.get("limit", 0))
         selector = Selector.of(query)
         version, entries, token = collection.page(
-            self._version, limit, query.get("continue", ""), selector
+            self.version, limit, query.get("continue", ""), selector
         )
         meta = {"resourceVersion": str(version), **({"continue": token} if token else {})}
         head = json.dumps(
@@ -297,14 +300,14 @@ class MockApiServer:
                 await self._chunk(writer, b'{"type":"ERROR","object":%s}\n' % _status(410, said))
                 await self._chunk(writer, b"")
                 return
-            position = collection.position(int(since) if since else self._version)
+            position = collection.position(int(since) if since else self.version)
             if not since or since == "0":
                 current = [e for e in collection.objects.values() if matches(e, selector)]
                 for entry in current:
                     await self._chunk(writer, collection.event("ADDED", entry))
                 if streams:
                     end = {"k8s.io/initial-events-end": "true"}
-                    await self._chunk(writer, collection.bookmark_event(self._version, end))
+                    await self._chunk(writer, collection.bookmark_event(self.version, end))
             while not gone.done():
                 while position < len(collection.history):
                     change = collection.history[position]

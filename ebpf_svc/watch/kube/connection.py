@@ -26,7 +26,7 @@ from ebpf_svc import __version__
 from ebpf_svc.errors import ConfigError
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import wire
-from ebpf_svc.watch.kube.failures import Expired, Refused, Silent, Unreachable
+from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Silent, Unreachable
 from ebpf_svc.watch.kube.settings import KubernetesSettings
 
 log = get_logger(__name__)
@@ -63,12 +63,12 @@ class Answer:
         """All of it.
 
         Raises:
-            Unreachable: the connection broke before the end.
+            Broken: the connection broke before the end.
         """
         try:
             return self._response.read()
         except _BROKEN as error:
-            raise Unreachable(_said(error)) from error
+            raise Broken(_said(error)) from error
         finally:
             self.close()
 
@@ -77,7 +77,7 @@ class Answer:
 
         Raises:
             Silent: nothing came for too long.
-            Unreachable: the connection broke.
+            Broken: the connection broke.
         """
         begun: list[bytes] = []
         while piece := self._piece():
@@ -94,10 +94,10 @@ class Answer:
         except (ReadTimeoutError, TimeoutError) as error:
             raise Silent(_said(error)) from error
         except _BROKEN as error:
-            raise Unreachable(_said(error)) from error
+            raise Broken(_said(error)) from error
         except (AttributeError, ValueError) as error:
             # Another thread closed it while this one read.
-            raise Unreachable("the connection was closed") from error
+            raise Broken("the connection was closed") from error
 
     def close(self) -> None:
         """Done with it; the connection is used again if all was read."""

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from ebpf_svc.model.snapshot import Problem
 from ebpf_svc.watch.faults import Faults
 from ebpf_svc.watch.kube import wire
-from ebpf_svc.watch.kube.failures import Expired, Refused, Unreachable
+from ebpf_svc.watch.kube.failures import Broken, Expired, Refused
 
 ItemT = TypeVar("ItemT", bound=wire.Object)
 ValueT = TypeVar("ValueT")
@@ -74,7 +74,7 @@ def read_page(
     """The objects of a page.
 
     Raises:
-        Unreachable: this is not a list at all; some proxy's page, perhaps.
+        Broken: this is not a list at all; some proxy's page, perhaps.
     """
     try:
         page = resource.page.validate_json(body)
@@ -90,7 +90,7 @@ def _read_loose_page(
     try:
         page = wire.ANY_PAGE.validate_json(body)
     except ValidationError as error:
-        raise Unreachable(f"the answer is no list: {body[:80]!r}") from error
+        raise Broken(f"the answer is no list: {body[:80]!r}") from error
     items: Iterable[object] = page.get("items") or ()
     return page.get("metadata") or {}, (_read_loose(resource, item) for item in items)
 
@@ -100,7 +100,7 @@ def read_line(resource: Resource[ItemT, ValueT], text: bytes) -> Line[ValueT]:
 
     Raises:
         Expired, Refused: the line says why the watch ends.
-        Unreachable: the line is not an event at all.
+        Broken: the line is not an event at all.
     """
     try:
         event = resource.event.validate_json(text)
@@ -111,7 +111,7 @@ def read_line(resource: Resource[ItemT, ValueT], text: bytes) -> Line[ValueT]:
         raise _reason(text)
     item = event.get("object")
     if item is None:
-        raise Unreachable(f"an event without object: {text[:80]!r}")
+        raise Broken(f"an event without object: {text[:80]!r}")
     meta = _meta(item)
     version = meta.get("resourceVersion") or ""
     if verb == "BOOKMARK":
@@ -127,9 +127,9 @@ def _read_loose_line(resource: Resource[ItemT, ValueT], text: bytes) -> Line[Val
     try:
         event = _ANY.validate_json(text)
     except ValidationError as error:
-        raise Unreachable(f"the line is no event: {text[:80]!r}") from error
+        raise Broken(f"the line is no event: {text[:80]!r}") from error
     if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
-        raise Unreachable(f"the line is no event: {text[:80]!r}")
+        raise Broken(f"the line is no event: {text[:80]!r}")
     if event.get("type") == "ERROR":
         raise _reason(text)
     meta = event["object"].get("metadata")

@@ -9,6 +9,10 @@ class Unreachable(WatchError):
     """Nobody answers, or the connection broke off."""
 
 
+class Broken(Unreachable):
+    """The server answered, and then the connection broke or carried nonsense."""
+
+
 class Silent(Unreachable):
     """Nothing was said for so long that the connection may be dead; or nothing happens."""
 
@@ -33,4 +37,4 @@ class Refused(WatchError):
     @property
     def is_outage(self) -> bool:
         """It is the server that fails, whatever is asked."""
-        return self.status >= 500 or self.status == 429
+        return self.status >= 500

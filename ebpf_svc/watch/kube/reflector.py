@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from ebpf_svc.errors import WatchError
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import wire
 from ebpf_svc.watch.kube.connection import Answer, ApiServer
@@ -26,9 +27,9 @@ from ebpf_svc.watch.kube.decode import (
     read_line,
     read_page,
 )
-from ebpf_svc.watch.kube.failures import Expired, Refused, Silent, Unreachable
+from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Silent, Unreachable
 from ebpf_svc.watch.kube.ledger import Ledger
-from ebpf_svc.watch.kube.outage import Outage
+from ebpf_svc.watch.kube.outage import JITTER, Outage
 from ebpf_svc.watch.kube.settings import KubernetesSettings
 
 log = get_logger(__name__)
@@ -36,7 +37,9 @@ log = get_logger(__name__)
 WATCH_S = (300, 600)
 """The server ends a watch after a time from this range, so that not all end at once."""
 SHORT_WATCH_S = 1.0
-"""A watch that ends sooner and without a word counts as a failure."""
+"""A watch that ends sooner and without a word counts as broken."""
+FIRST_BREAK_S = 0.05
+"""Pause after a watch broke; it doubles with each that breaks before anything was said."""
 FIRST_REFUSAL_S, LONGEST_REFUSAL_S = 0.5, 10.0
 """Pauses after an error about this kind alone, such as a missing permission; they double."""
 ABSENT_S = 600.0
@@ -112,7 +115,8 @@ class Reflector(Generic[ItemT, ValueT]):
         """Everything up to here is in the sink; empty = list."""
         self._streams = shared.settings.streaming_lists and not resource.is_small
         self._page_size = shared.settings.page_size
-        self._refusals = 0
+        self._failures = 0
+        """In a row, of this kind alone."""
         name = f"watch-{resource.kind}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -146,6 +150,8 @@ class Reflector(Generic[ItemT, ValueT]):
                 # Should even a fresh list expire between two pages, the next comes in one piece.
                 self._page_size = self._page_size if self._version else 0
                 self._version = ""
+            except Broken as error:
+                self._pause("watch.broken", error, FIRST_BREAK_S, self._settings.retry_max_s)
             except Unreachable as error:
                 self._lost(error)
             except Refused as error:
@@ -159,14 +165,7 @@ class Reflector(Generic[ItemT, ValueT]):
             self._server.probe()
         if not self._version and not self._streams:
             self._list()
-        started_s, events = time.monotonic(), self.progress.events
         self._watch()
-        if (
-            time.monotonic() - started_s < SHORT_WATCH_S
-            and events == self.progress.events
-            and not self._stopping.is_set()
-        ):
-            raise Unreachable("the watch ended at once")
 
     def _list(self) -> None:
         """List page by page; the sink changes once, when all is there."""
@@ -201,11 +200,13 @@ class Reflector(Generic[ItemT, ValueT]):
         if found is not None:
             query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         answer = self._ask(query, silence_s=self._settings.silence_s)
+        started_s, heard_s = time.monotonic(), self.progress.heard_s
         self.progress.is_watching = True
         try:
             for text in answer.lines():
                 self.progress.heard_s = time.monotonic()
                 line = read_line(self._resource, text)
+                self._failures = 0
                 if found is None:
                     self._take(line)
                 elif line.ends_list:
@@ -218,6 +219,8 @@ class Reflector(Generic[ItemT, ValueT]):
         finally:
             self._answer = None
             answer.close()
+        if time.monotonic() - started_s < SHORT_WATCH_S and heard_s == self.progress.heard_s:
+            raise Broken("it ended at once")
 
     def _ask(
         self, query: Mapping[str, str], *, packed: bool = False, silence_s: float | None = None
@@ -238,7 +241,6 @@ class Reflector(Generic[ItemT, ValueT]):
             self._answered()
             raise
         self._answered()
-        self._refusals = 0
         self._answer = answer
         if self._stopping.is_set():
             answer.interrupt()
@@ -265,7 +267,7 @@ class Reflector(Generic[ItemT, ValueT]):
     def _listed(self, found: _Found[ValueT], version: str) -> None:
         self._sink.replace(found.values)
         self._ledger.replace(self._resource.kind, found.problems)
-        self._version = version
+        self._version, self._failures = version, 0
         self._page_size = self._settings.page_size
         self.progress.is_listed = True
         self.progress.lists += 1
@@ -322,12 +324,26 @@ class Reflector(Generic[ItemT, ValueT]):
             log.info("watch.streaming-refused", source=kind, reason=str(error))
             self._streams = False
         else:
-            doubled_s = FIRST_REFUSAL_S * 2.0 ** min(self._refusals, 10)
-            pause_s = min(doubled_s, LONGEST_REFUSAL_S) * (1 - 0.5 * random.random())
-            self._refusals += 1
-            write = log.warning if _is_power_of_2(self._refusals) else log.debug
-            write("watch.refused", source=kind, error=str(error), retry_s=round(pause_s, 2))
-            self._stopping.wait(pause_s)
+            self._pause("watch.refused", error, FIRST_REFUSAL_S, LONGEST_REFUSAL_S)
+
+    def _pause(self, event: str, error: WatchError, first_s: float, longest_s: float) -> None:
+        """Wait after a failure of this kind alone, longer each time."""
+        if self._stopping.is_set():
+            return
+        pause_s = min(first_s * 2.0 ** min(self._failures, 20), longest_s)
+        pause_s *= 1 - JITTER * random.random()
+        if isinstance(error, Refused):
+            pause_s = max(pause_s, error.retry_after_s or 0.0)
+        self._failures += 1
+        write = log.warning if _is_power_of_2(self._failures) else log.debug
+        write(
+            event,
+            source=self._resource.kind,
+            error=str(error),
+            count=self._failures,
+            retry_s=round(pause_s, 2),
+        )
+        self._stopping.wait(pause_s)
 
 
 def _is_power_of_2(number: int) -> bool:
