@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "ebpf_svc.cli.run",
     "show": "ebpf_svc.cli.show",
     "cleanup": "ebpf_svc.cli.cleanup",
+    "config": "ebpf_svc.cli.config",
     "bench": "ebpf_svc.cli.bench",
 }
 """Command -> its module, which holds it as `command`; in the order a newcomer meets them."""

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ebpf_svc.cli.settings import PLACE, SERVING, settings_from, settings_options
-from ebpf_svc.log import LogFormat, configure
+from ebpf_svc import __version__
+from ebpf_svc.cli.kubeproxy import help_option
+from ebpf_svc.cli.settings import AS_GO, PLACE, SERVING, load_options, settings_options
+from ebpf_svc.config import Mode
+from ebpf_svc.log import configure, get_logger
+
+log = get_logger(__name__)
 
 
-@click.command(name="run")
-@settings_options(*SERVING, *PLACE)
-@click.option("--mode", default="ebpf", metavar="MODE", show_default=True, help="Dataplane.")
+@click.command(name="run", context_settings=AS_GO)
+@settings_options(*SERVING, *PLACE, kube_proxy=True)
 @click.option(
-    "--log-format",
-    type=click.Choice([style.value for style in LogFormat]),
-    default=LogFormat.AUTO.value,
-    help="Log lines: auto is console on a terminal, else JSON.",
+    "--write-config-to",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the effective settings to this file and exit.",
 )
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="Least severe log lines printed.",
-)
-def command(mode: str, log_format: str, log_level: str, **options: Any) -> None:
+@click.option("--cleanup", is_flag=True, hidden=True, help="As `ebpf-svc cleanup`.")
+@click.version_option(__version__, prog_name="ebpf-svc")
+@help_option
+def command(write_config_to: Path | None, cleanup: bool, **options: Any) -> None:
     """Serve the services of a folder of manifests on this machine.
 
     Reads Services, Endpoints, EndpointSlices, Pods and Nodes; a change of a file is served within
     a tenth of a second. SIGTERM stops the agent and leaves traffic flowing; the next agent takes
     over. SIGHUP reads the kernel back at once and repairs what others changed.
+
+    Takes kube-proxy's flags and its configuration file as they are.
 
     \b
     Example:
@@ -39,8 +41,21 @@ def command(mode: str, log_format: str, log_level: str, **options: Any) -> None:
 
     Next, in another terminal: `ebpf-svc show` says what is served.
     """
-    configure(style=LogFormat(log_format), level=log_level)
-    settings = settings_from(options)
+    loaded = load_options(options)
+    settings = loaded.settings
+    configure(style=settings.log.format, level=settings.log.level)
+    for warning in loaded.warnings:
+        log.warning("config.ignored", reason=warning)
+    if write_config_to:
+        from ebpf_svc.config.write import as_yaml  # noqa: PLC0415
+
+        write_config_to.write_text(as_yaml(settings))
+        return
+    if cleanup:
+        from ebpf_svc.cli.cleanup import command as clean  # noqa: PLC0415
+
+        click.get_current_context().invoke(clean, **options)
+        return
     from ebpf_svc.daemon import run  # noqa: PLC0415  # after the usage errors, which need none of it
 
-    run(settings, mode=mode)
+    run(settings, mode=Mode.EBPF if settings.mode is Mode.AUTO else settings.mode)

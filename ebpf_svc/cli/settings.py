@@ -1,4 +1,4 @@
-"""From files and flags to Settings: the one place where the user's words become values."""
+"""From what click parsed to Settings: our flags, and kube-proxy's where a command takes them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
-import yaml
-from pydantic import ValidationError
 
-from ebpf_svc.config import EbpfSettings, Settings
-from ebpf_svc.errors import ConfigError
+from ebpf_svc.config import Settings
+from ebpf_svc.config.given import FieldPath, Given
+from ebpf_svc.config.kubeproxy.fields import KubeFlag, kube_flags
+from ebpf_svc.config.load import Loaded, load
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -20,12 +20,13 @@ class Flag(NamedTuple):
     """An option that overrides one field of the settings."""
 
     name: str
-    field: str
-    """Path of the field, e.g. `ebpf.bpffs`."""
+    field: FieldPath
     metavar: str
     help: str
     many: bool = False
-    """May be given several times; several values replace the file's list."""
+    """May be given several times, with commas too; several values replace the file's list."""
+    switch: bool = False
+    """May stand without a value, for true."""
 
     @property
     def parameter(self) -> str:
@@ -42,40 +43,64 @@ PLACE = (
 """Where an agent lives: what `show`, `check` and `cleanup` need to find it."""
 
 SERVING = (
+    Flag("--mode", "mode", "MODE", "Dataplane: auto takes the best this machine can run [auto]."),
     Flag(
         "--manifests", "manifests", "DIR", "Folder of manifests to serve; followed as it changes."
     ),
+    Flag("--kubeconfig", "kubernetes.kubeconfig", "FILE", "API server and credentials."),
+    Flag("--master", "kubernetes.master", "URL", "API server; overrides the kubeconfig's."),
     Flag("--node-name", "node_name", "NAME", "This node, as endpoints spell it [the host name]."),
-    Flag("--family", "families", "4|6", "IP family to serve; repeat for both [both].", True),
-    Flag("--cluster-cidr", "cluster_cidrs", "CIDR", "Pod addresses; repeatable.", True),
-    Flag("--service-cidr", "service_cidrs", "CIDR", "Range of cluster IPs; one a family.", True),
+    Flag("--family", "families", "4|6", "IP family to serve; repeat for both [both].", many=True),
+    Flag("--cluster-cidr", "cluster_cidrs", "CIDR", "Pod addresses; repeatable.", many=True),
+    Flag(
+        "--service-cidr", "service_cidrs", "CIDR", "Range of cluster IPs; one a family.", many=True
+    ),
     Flag(
         "--node-port-address",
         "node_port_addresses",
         "CIDR|WORD",
         "Addresses that serve node ports: CIDRs, primary, localhost, all; repeatable [all].",
-        True,
+        many=True,
     ),
-    Flag("--masquerade-all", "masquerade_all", "BOOL", "Masquerade all traffic to cluster IPs."),
+    Flag(
+        "--masquerade-all",
+        "masquerade_all",
+        "BOOL",
+        "Masquerade all traffic to cluster IPs.",
+        switch=True,
+    ),
     Flag(
         "--socket-lb",
         "ebpf.socket_lb",
         "MODE",
         "full, hostOnly or off: what is translated at connect() rather than per packet.",
     ),
-    Flag("--pod-device", "ebpf.pod_devices", "PATTERN", "Host side of pod interfaces.", True),
-    Flag("--node-device", "ebpf.node_devices", "PATTERN", "NICs and the CNI's tunnels.", True),
-    Flag("--maglev", "ebpf.maglev", "BOOL", "Same backend for a client on every node."),
+    Flag("--pod-device", "ebpf.pod_devices", "PATTERN", "Host side of pod interfaces.", many=True),
+    Flag("--node-device", "ebpf.node_devices", "PATTERN", "NICs and the CNI's tunnels.", many=True),
+    Flag(
+        "--maglev", "ebpf.maglev", "BOOL", "Same backend for a client on every node.", switch=True
+    ),
     Flag("--min-sync-period", "min_sync_period_s", "SECONDS", "Pause between two applies."),
     Flag("--resync-period", "resync_period_s", "SECONDS", "How often drift is looked for."),
+    Flag("--log-format", "log.format", "FORMAT", "auto, json or console [console on a terminal]."),
+    Flag("--log-level", "log.level", "LEVEL", "debug, info, warning or error [info]."),
 )
 """What an agent serves and how."""
 
+_OURS = {flag.name for flag in (*PLACE, *SERVING)}
+KUBE_PROXY = tuple(flag for flag in kube_flags() if flag.name not in _OURS)
+"""Flags that are kube-proxy's alone; taken as they are, and kept out of the way of `--help`."""
 
-def settings_options(*flags: Flag) -> Callable[[Command], Command]:
-    """Give a command `--config` and one option for each flag; see `settings_from`."""
+AS_GO = {"token_normalize_func": lambda name: name.replace("_", "-")}
+"""Context of a command that takes --cluster_cidr for --cluster-cidr, as kube-proxy does."""
+
+
+def settings_options(*flags: Flag, kube_proxy: bool = False) -> Callable[[Command], Command]:
+    """Give a command `--config` and one option for each flag; see `load_options`."""
 
     def decorate(command: Command) -> Command:
+        for kube_flag in KUBE_PROXY if kube_proxy else ():
+            command = _kube_option(kube_flag)(command)
         for flag in reversed(flags):
             command = click.option(
                 flag.name,
@@ -84,68 +109,61 @@ def settings_options(*flags: Flag) -> Callable[[Command], Command]:
                 multiple=flag.many,
                 default=None,
                 help=flag.help,
+                **_optional_value(flag.switch),
             )(command)
         return click.option(
             "--config",
             "config",
+            multiple=True,
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="YAML file of settings; options override its fields.",
+            help="YAML file of settings, ours or kube-proxy's; repeatable; options override ours.",
         )(command)
 
     return decorate
 
 
+def _kube_option(flag: KubeFlag) -> Callable[[Command], Command]:
+    names = ("-v", "--v") if flag.name == "--v" else (flag.name,)
+    return click.option(
+        *names,
+        _kube_parameter(flag),
+        multiple=flag.is_list,
+        default=None,
+        hidden=True,
+        **_optional_value(flag.is_switch),
+    )
+
+
+def _kube_parameter(flag: KubeFlag) -> str:
+    return f"kube__{flag.name.strip('-').replace('-', '_')}"
+
+
+def _optional_value(switch: bool) -> dict[str, Any]:
+    return {"is_flag": False, "flag_value": "true"} if switch else {}
+
+
 def settings_from(options: Mapping[str, Any]) -> Settings:
-    """Build the settings from what click parsed: the file's fields under the options given.
+    """Build the settings from what click parsed; see `load_options`."""
+    return load_options(options).settings
+
+
+def load_options(options: Mapping[str, Any]) -> Loaded:
+    """Build the settings from what click parsed: the files' fields under the options given.
 
     Raises:
         ConfigError: a field is unknown or wrong; further wrong ones are its notes.
     """
-    config: Path | None = options.get("config")
-    data = _read_config(config) if config else {}
-    given: dict[str, Flag] = {}
+    config = options.get("config") or ()
+    paths = (config,) if isinstance(config, Path) else config
+    given: dict[FieldPath, Given] = {}
     for flag in (*PLACE, *SERVING):
         value = options.get(flag.parameter)
         if value is None or value == ():
             continue
-        given[flag.field] = flag
-        place, *path = reversed(flag.field.split("."))
-        section = data
-        for step in path:
-            section = section.setdefault(step, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"{config}: {step}", got=section, expected="a section of fields")
-        section[place] = value
-    try:
-        return Settings.model_validate(data)
-    except ValidationError as exc:
-        first, *others = (_config_error(error, given, config) for error in exc.errors())
-        for other in others:
-            first.add_note(str(other))
-        raise first from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(str(path), got=str(exc), expected="YAML") from exc
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(str(path), got=type(data).__name__, expected="a mapping of settings")
-    return data
-
-
-def _config_error(error: Any, given: Mapping[str, Flag], config: Path | None) -> ConfigError:
-    """Put pydantic's finding into the user's words: the flag or the file's field."""
-    words = [str(word) for word in error["loc"]]
-    path = ".".join(words)
-    flag = next((flag for field, flag in given.items() if path.startswith(field)), None)
-    where = flag.name if flag else f"{config}: {path}"
-    if error["type"] == "extra_forbidden":
-        model = EbpfSettings if words[0] == "ebpf" else Settings
-        fields = ", ".join(sorted(model.model_fields))
-        return ConfigError(where, got=f"unknown field {words[-1]}", expected=f"one of {fields}")
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return ConfigError(where, got=error["input"], expected=expected)
+        if flag.many:
+            value = tuple(word for text in value for word in text.split(",") if word)
+        given[flag.field] = Given(value, flag.name)
+    kube_given = {flag.name: options.get(_kube_parameter(flag)) for flag in KUBE_PROXY}
+    return load(
+        paths, given, {name: value for name, value in kube_given.items() if value not in (None, ())}
+    )

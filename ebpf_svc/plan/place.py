@@ -48,7 +48,11 @@ def place_of(node: NodeFacts) -> Place:
 
 
 def addresses_of(
-    node: NodeFacts, families: Iterable[Family], selection: tuple[str, ...]
+    node: NodeFacts,
+    families: Iterable[Family],
+    selection: tuple[str, ...],
+    *,
+    localhost: bool = True,
 ) -> Mapping[Family, Addresses]:
     """Extract what frontends depend on, each family apart.
 
@@ -56,6 +60,7 @@ def addresses_of(
         node: this node.
         families: those served.
         selection: prefixes and words, as in `PlanOptions.node_port_addresses`.
+        localhost: the selection may select loopback.
     """
     result = {}
     for family in families:

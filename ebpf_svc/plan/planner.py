@@ -94,7 +94,12 @@ class Planner:
         return changed
 
     def _addresses_of(self, node: NodeFacts) -> Mapping[Family, Addresses]:
-        return addresses_of(node, self._options.families, self._options.node_port_addresses)
+        return addresses_of(
+            node,
+            self._options.families,
+            self._options.node_port_addresses,
+            localhost=self._options.localhost_node_ports,
+        )
 
     def _replan(self, changed: Iterable[ServiceName]) -> None:
         """Bring everything remembered up to date with what is known about these Services."""
