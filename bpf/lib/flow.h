@@ -38,8 +38,8 @@ static __always_inline bool flow_ended(const struct flow_value *flow, __u8 proto
 }
 
 /* May this packet of the client go on with a flow it once had? */
-static __always_inline bool flow_holds(const struct flow_value *flow, const struct packet *pkt,
-				       __u32 now)
+static __always_inline bool flow_holds(const struct flow_value *flow, __u32 service,
+				       const struct packet *pkt, __u32 now)
 {
 	__u32 id = flow->backend_id;
 	struct backend_value *backend;
@@ -49,9 +49,12 @@ static __always_inline bool flow_holds(const struct flow_value *flow, const stru
 		return true;
 	if (flow_ended(flow, pkt->proto, now))
 		return false;
-	/* A UDP flow, or one about to open, follows the endpoint's life (C5). */
+	/* A UDP flow, or one about to open, follows the endpoint's life (C5); the
+	 * id may have gone to another endpoint since.
+	 */
 	backend = backends.lookup(&id);
-	return backend && backend->service && (backend->flags & BACKEND_SERVING);
+	return backend && backend->service == service && (backend->flags & BACKEND_SERVING) &&
+	       l4_addr_equal(&backend->at, &flow->backend);
 }
 
 /* The flow of a request, or NULL with key ready for a new one. A client that
@@ -119,6 +122,52 @@ static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
 		id = backend->next;
 	}
 	return NULL;
+}
+
+/* The client is about to talk to an endpoint in a new way, directly or through
+ * another frontend. Flows that it had with the endpoint from the same port end
+ * here: their translation would catch the answers. Returns false when one of
+ * them is a connection that still lives.
+ */
+static __always_inline bool free_client_port(const struct l4_addr *endpoint,
+					     const struct packet *pkt, __u32 now)
+{
+	struct l4_addr at = *endpoint;
+	__u32 *head = backend_index.lookup(&at);
+	struct flow_key key = {
+		.client = pkt->src,
+		.client_port = pkt->sport,
+		.proto = pkt->proto,
+	};
+	bool is_free = true;
+	__u32 id;
+	int i;
+
+	if (!head)
+		return true;
+	id = *head;
+	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
+		struct backend_value *backend = backends.lookup(&id);
+		struct flow_value *flow;
+
+		if (!backend)
+			break;
+		key.service = backend->service;
+		key.second = 0;
+		flow = flows.lookup(&key);
+		if (flow && flow->backend_id != id) {
+			key.second = 1;
+			flow = flows.lookup(&key);
+		}
+		if (flow && flow->backend_id == id) {
+			if (pkt->proto == IPPROTO_UDP || flow_ended(flow, pkt->proto, now))
+				flows.delete(&key);
+			else
+				is_free = false;
+		}
+		id = backend->next;
+	}
+	return is_free;
 }
 
 /* The backend's side of a TCP flow's life. */

@@ -65,13 +65,16 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	}
 	id = choose(frontend, &list, pkt, now);
 	if (other && other->backend_id == id && id != NO_BACKEND) {
-		id = choose_beside(&list, id);
-		if (id == NO_BACKEND)
-			return drop(DROP_CLIENT_PORT_CLASH);
+		__u32 beside = choose_beside(&list, id);
+
+		if (beside != NO_BACKEND)
+			id = beside;
 	}
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend)
 		return drop(DROP_NO_LOCAL_ENDPOINT);
+	if (!free_client_port(&backend->at, pkt, now))
+		return drop(DROP_CLIENT_PORT_CLASH);
 
 	flow->frontend = *to;
 	flow->backend = backend->at;
@@ -176,6 +179,8 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
+		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
+			free_client_port(&to, &pkt, now_s());
 		return NOT_OURS;
 	}
 	key.client = pkt.src;
@@ -183,7 +188,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	key.client_port = pkt.sport;
 	key.proto = pkt.proto;
 	flow = flow_of_request(&key, &to, is_opening(&pkt), &other);
-	if (!flow || !flow_holds(flow, &pkt, now_s())) {
+	if (!flow || !flow_holds(flow, key.service, &pkt, now_s())) {
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
 		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
 				    pod_device);

@@ -177,10 +177,10 @@ def test_source_ranges_of_one_frontend_do_not_let_into_another(world: World) -> 
     world.service(net.vip, 443, backends=[backend], source_ranges=[f"{net.outside}/{bits}"])
     world.service(net.other_vip, 443, backends=[backend], source_ranges=[])
     world.service(net.node, 30443, backends=[backend])
-    client = (net.outside, 40000)
+    client, other = (net.outside, 40000), (net.outside, 40001)
     assert world.run("node_ingress", world.tcp(client, (net.vip, 443))).dst == backend
     world.run("node_ingress", world.tcp(client, (net.other_vip, 443))).expect_dropped()
-    assert world.run("node_ingress", world.tcp(client, (net.node, 30443))).dst == backend
+    assert world.run("node_ingress", world.tcp(other, (net.node, 30443))).dst == backend
 
 
 def test_narrowed_source_ranges_leave_connections_alone(world: World) -> None:
