@@ -14,7 +14,7 @@ from typing import Any
 
 from ebpf_svc.config.given import leaves, spelt, value_of
 from ebpf_svc.config.kubeproxy.convert import is_active, value_at
-from ebpf_svc.config.kubeproxy.fields import DEPRECATED_PORTS, FIELDS
+from ebpf_svc.config.kubeproxy.fields import DEPRECATED_PORTS, FIELDS, Treatment
 from ebpf_svc.config.kubeproxy.types import KubeProxyConfiguration
 from ebpf_svc.config.live import LIVE_FIELDS
 from ebpf_svc.config.load import Loaded
@@ -62,22 +62,28 @@ def effective_rows(loaded: Loaded) -> list[list[str]]:
 
 
 def kube_effective_rows(loaded: Loaded) -> list[list[str]]:
-    """Fields kube-proxy's file or flags gave: value, what becomes of it, where it came from."""
+    """Fields kube-proxy's file or flags gave: value, what becomes of it, where it came from.
+
+    What is ignored and as by default is left out, as is what a flag gave to sections not in use.
+    """
     config = loaded.kube_proxy
     if config is None:
         return []
-    rows = []
+    defaults, rows = KubeProxyConfiguration(), []
     for field in FIELDS:
         if field.path not in loaded.said_by_kube_proxy:
             continue
         origin = loaded.said_by_kube_proxy[field.path]
+        value = _file_value(config, field.path)
+        if field.treatment is Treatment.IGNORED and value == _file_value(defaults, field.path):
+            continue
         here, why = field.treatment.value, field.why
         if not is_active(field, config.mode):
             if origin.startswith("--"):
                 continue  # a flag for several sections; the one in use has its own row
             here, why = "unused", f'kube-proxy does not read it in mode "{config.mode}"'
         setting = spelt(field.setting) if field.setting else ""
-        rows.append([field.path, _file_value(config, field.path), here, setting, origin, why])
+        rows.append([field.path, value, here, setting, origin, why])
     return rows
 
 
