@@ -1,0 +1,1 @@
+"""Whether this node and its services can take traffic, for load balancers and kubelets."""

@@ -1,0 +1,1 @@
+"""What Prometheus collects: kube-proxy's metrics where they make sense, and ours."""
