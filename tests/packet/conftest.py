@@ -14,11 +14,17 @@ from tests.lib.packet_world import World, artifacts
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Artifact]:
-    """Both families' programs, compiled once."""
+def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled programs are kept while the tests run."""
     if os.geteuid() != 0:
         pytest.skip("needs root: programs are loaded into the kernel")
-    return artifacts(Path(tmp_path_factory.mktemp("artifacts")))
+    return Path(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def compiled(artifact_cache: Path) -> dict[Family, Artifact]:
+    """Both families' programs, compiled once."""
+    return artifacts(artifact_cache)
 
 
 @pytest.fixture(scope="session", params=list(Family), ids=lambda family: f"ipv{int(family)}")
