@@ -214,6 +214,21 @@ static __always_inline int parse_l4(void *data, void *end, struct packet *pkt)
 	return NEXT;
 }
 
+/* The verifier walks the rest of a program once for every layout of headers it
+ * saw being parsed. Read back from the context, a value is any value to it: one
+ * walk for all, and a program that loads in a third of the time.
+ */
+static __always_inline void forget_layout(struct __sk_buff *skb, struct packet *pkt)
+{
+	volatile __u32 *scratch = (volatile __u32 *)&skb->cb[0];
+	__u32 known;
+
+	*scratch = pkt->l4 | (__u32)pkt->fragment << 8;
+	known = *scratch;
+	pkt->l4 = known & 0xff;
+	pkt->fragment = known >> 8 & 3;
+}
+
 /* Fill pkt from the packet whose IP header is at l3. NEXT, or NOT_OURS for
  * what no service can be about.
  */
@@ -237,9 +252,10 @@ static __always_inline int parse(struct __sk_buff *skb, __u32 l3, struct packet 
 	pkt->tcp_flags = 0;
 	if (parse_ip(data, end, skb->len, pkt) != NEXT)
 		return NOT_OURS;
-	if (pkt->fragment == FRAGMENT_LATER)
-		return NEXT;
-	return parse_l4(data, end, pkt);
+	if (pkt->fragment != FRAGMENT_LATER && parse_l4(data, end, pkt) != NEXT)
+		return NOT_OURS;
+	forget_layout(skb, pkt);
+	return NEXT;
 }
 
 static __always_inline bool is_transport(const struct packet *pkt)
