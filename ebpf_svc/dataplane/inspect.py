@@ -1,4 +1,4 @@
-"""What a backend may show of itself besides its frontends; `show` prints it.
+"""What a backend may show of itself besides its frontends: `show` prints it, metrics collect it.
 
 A backend offers these by having methods of these names; one that keeps no flows of its own (the
 kernel's conntrack has them) leaves `flows` out.
@@ -6,11 +6,11 @@ kernel's conntrack has them) leaves `flows` out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ebpf_svc.model.desired import FrontendKey
+from ebpf_svc.model.desired import FrontendKey, PlanKey
 from ebpf_svc.model.net import Family
 
 
@@ -56,3 +56,56 @@ class ShowsParts(Protocol):
 
     def parts(self) -> Iterable[KernelPart]:
         """Every map, program and rule of ours that is there; needs no `open()`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapFill:
+    """How full a table of the kernel is."""
+
+    name: str
+    entries: int
+    capacity: int
+    evicts: bool
+    """When full, the entry used longest ago makes room; else nothing new fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowCounts:
+    """Flows that are alive, by whom they go to."""
+
+    by_port: Mapping[PlanKey, int]
+    """Service ports without any are left out."""
+    draining: Mapping[Family, int]
+    """Of service ports that are gone."""
+
+
+@runtime_checkable
+class ShowsDrops(Protocol):
+    """A backend that counts packets it did not forward."""
+
+    def drops(self) -> Mapping[str, int]:
+        """Reason, in snake case -> packets since the counters were made; empty while not open."""
+
+
+@runtime_checkable
+class ShowsFill(Protocol):
+    """A backend whose tables can get full."""
+
+    def fill(self) -> Iterable[MapFill]:
+        """Each table; may be some seconds old, and nothing while not open."""
+
+
+@runtime_checkable
+class ShowsFlowCounts(Protocol):
+    """A backend that can count its flows without listing them."""
+
+    def flow_counts(self) -> FlowCounts:
+        """Flows of each service port; may be some seconds old, and none while not open."""
+
+
+@runtime_checkable
+class ShowsStart(Protocol):
+    """A backend that knows how long its start took."""
+
+    def start_s(self) -> Mapping[str, float]:
+        """Step, one word -> seconds; empty until it is open."""

@@ -23,11 +23,12 @@ from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readb
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
 from ebpf_svc.dataplane.ebpf.codec import Codec
+from ebpf_svc.dataplane.ebpf.counters import NO_FLOWS, Counters, StepTimes
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.programs import Programs
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
-from ebpf_svc.dataplane.inspect import FlowView, KernelPart
+from ebpf_svc.dataplane.inspect import FlowCounts, FlowView, KernelPart, MapFill
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
 from ebpf_svc.host import nft
 from ebpf_svc.host.nft import MasqueradeRules
@@ -51,6 +52,8 @@ class _Running:
     attachments: Attachments
     rules: MasqueradeRules
     sweeper: Sweeper
+    counters: Counters
+    start_s: Mapping[str, float]
 
 
 class EbpfDataplane:
@@ -102,18 +105,21 @@ class EbpfDataplane:
             raise DataplaneError(str(error)) from error
 
     def _open(self) -> _Running:
-        settings = self._settings.ebpf
+        settings, steps = self._settings.ebpf, StepTimes()
         artifacts = self._artifacts()
+        steps.done("compile")
         with ExitStack() as undo:
             opened = Tables.open(settings, artifacts)
             undo.callback(opened.close)
             self._write_run_settings(opened)
             forwarding = Forwarding(opened, settings)
             forwarding.adopt()
+            steps.done("maps")
             programs = Programs.load(
                 artifacts, {family: opened.fds(family) for family in artifacts}
             )
             undo.callback(programs.close)
+            steps.done("load")
             rules = nft.masquerade_rules(constants.MASQUERADE_MARK)
             rules.apply()
             attachments = Attachments(programs, settings)
@@ -128,7 +134,11 @@ class EbpfDataplane:
             )
             sweeper.start()
             undo.pop_all()
-        return _Running(opened, forwarding, programs, attachments, rules, sweeper)
+        steps.done("attach")
+        counters = Counters(opened, forwarding.states)
+        return _Running(
+            *(opened, forwarding, programs, attachments, rules, sweeper, counters, steps.taken_s)
+        )
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
@@ -175,6 +185,22 @@ class EbpfDataplane:
     def parts(self) -> list[KernelPart]:
         """Every map, filter, hook and rule of ours in this kernel; works without `open`."""
         return inventory.parts(self._settings.ebpf)
+
+    def drops(self) -> Mapping[str, int]:
+        """Packets not forwarded, by reason; empty while not open."""
+        return self._running.counters.drops() if self._running else {}
+
+    def fill(self) -> list[MapFill]:
+        """How full each map is; empty while not open."""
+        return self._running.counters.fill() if self._running else []
+
+    def flow_counts(self) -> FlowCounts:
+        """Flows that are alive, by service port; none while not open."""
+        return self._running.counters.flow_counts() if self._running else NO_FLOWS
+
+    def start_s(self) -> Mapping[str, float]:
+        """How long compiling, maps, loading and attaching took; empty while not open."""
+        return self._running.start_s if self._running else {}
 
     def close(self) -> None:
         """Stop following and sweeping; programs and maps stay and forward (Z2)."""

@@ -39,16 +39,25 @@ class Flow(NamedTuple):
 
 def is_closed(flow: Flow) -> bool:
     """Whether a TCP flow was reset, or ended by both sides."""
-    return bool(flow.state & _RESET) or flow.state & _BOTH_FINS == _BOTH_FINS
+    return _is_closed(flow.state)
 
 
 def is_alive(flow: Flow) -> bool:
     """Whether the next packet of the client goes on with this flow, as the programs see it."""
-    if flow.protocol != _TCP:
-        return flow.idle_s <= UDP_IDLE_S
-    if is_closed(flow):
-        return flow.idle_s <= CLOSED_S
-    return flow.idle_s <= (TCP_IDLE_S if flow.state & _ESTABLISHED else SYN_IDLE_S)
+    return flow.idle_s <= idle_limit_s(flow.protocol, flow.state)
+
+
+def idle_limit_s(protocol: int, state: int) -> int:
+    """How long a flow of that protocol and state may go unused, in seconds."""
+    if protocol != _TCP:
+        return UDP_IDLE_S
+    if _is_closed(state):
+        return CLOSED_S
+    return TCP_IDLE_S if state & _ESTABLISHED else SYN_IDLE_S
+
+
+def _is_closed(state: int) -> bool:
+    return bool(state & _RESET) or state & _BOTH_FINS == _BOTH_FINS
 
 
 class Chunk:
