@@ -38,11 +38,12 @@ static __always_inline bool source_allowed(const struct packet *pkt, __u32 range
 static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 				     const struct l4_addr *to, const struct frontend_value *frontend,
 				     struct flow_key *key, struct flow_value *flow,
-				     const struct flow_value *other, __u32 source, bool pod_device)
+				     const struct flow_value *other, __u32 source, bool pod_device,
+				     __u32 now)
 {
-	__u32 now = now_s(), id;
 	struct backend_value *backend;
 	struct list list;
+	__u32 id;
 
 	if (frontend->flags & FRONTEND_DRAINING)
 		return NOT_OURS;
@@ -76,6 +77,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	if (!free_client_port(&backend->at, pkt, now))
 		return drop(DROP_CLIENT_PORT_CLASH);
 
+	__builtin_memset(flow, 0, sizeof(*flow));
 	flow->frontend = *to;
 	flow->backend = backend->at;
 	flow->backend_id = id;
@@ -158,10 +160,10 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	struct packet pkt = {};
 	struct l4_addr to = {};
 	struct flow_key key = {};
-	struct flow_value fresh = {};
+	struct flow_value fresh;
 	struct frontend_value *frontend;
 	struct flow_value *flow, *other;
-	__u32 source;
+	__u32 source, now;
 	int verdict;
 
 	if (parse(skb, l3, &pkt) != NEXT)
@@ -188,15 +190,16 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	key.client_port = pkt.sport;
 	key.proto = pkt.proto;
 	flow = flow_of_request(&key, &to, is_opening(&pkt), &other);
-	if (!flow || !flow_holds(flow, key.service, &pkt, now_s())) {
+	now = now_s();
+	if (!flow || !flow_holds(flow, key.service, &pkt, now)) {
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
 		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
-				    pod_device);
+				    pod_device, now);
 		if (verdict != NEXT)
 			return verdict;
 		flow = &fresh;
 	} else {
-		touch(flow, now_s());
+		touch(flow, now);
 		note_request(flow, &pkt);
 	}
 	if (pkt.fragment == FRAGMENT_FIRST)
