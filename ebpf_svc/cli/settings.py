@@ -163,7 +163,12 @@ def load_options(options: Mapping[str, Any]) -> Loaded:
         if flag.many:
             value = tuple(word for text in value for word in text.split(",") if word)
         given[flag.field] = Given(value, flag.name)
-    kube_given = {flag.name: options.get(_kube_parameter(flag)) for flag in KUBE_PROXY}
-    return load(
-        paths, given, {name: value for name, value in kube_given.items() if value not in (None, ())}
-    )
+    kube_given = {}
+    for kube_flag in KUBE_PROXY:
+        value = options.get(_kube_parameter(kube_flag))
+        if value is not None and value != ():
+            kube_given[kube_flag.name] = value
+    if "--v" in kube_given:
+        # Go takes -v=5; here the letter's value begins after it.
+        kube_given["--v"] = kube_given["--v"].removeprefix("=")
+    return load(paths, given, kube_given)

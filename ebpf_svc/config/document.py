@@ -7,7 +7,7 @@ address stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,8 @@ class Source(Enum):
 class Document(NamedTuple):
     """One document of a file."""
 
-    path: Path
+    place: str
+    """The file, for messages."""
     source: Source
     has_kind: bool
     """False: a plain mapping of settings."""
@@ -77,18 +78,38 @@ _SOURCES = {
 
 
 def read_documents(path: Path) -> list[Document]:
-    """Read the documents of a file; empty ones vanish.
+    """Read the documents of a file; empty ones vanish, a ConfigMap stands for what it holds.
 
     Raises:
         ConfigError: the file cannot be read, is no YAML, or holds something else than settings.
     """
     try:
         text = path.read_text()
-        return [_document(path, *entry) for entry in _load(text) if entry[0] is not None]
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
         raise ConfigError(str(path), got=str(exc), expected="YAML") from exc
     except OSError as exc:
         raise ConfigError(str(path), got=exc.strerror, expected="a readable file") from exc
+    return list(_documents(str(path), text))
+
+
+def _documents(place: str, text: str) -> Iterator[Document]:
+    try:
+        loaded = _load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigError(place, got=str(exc), expected="YAML") from exc
+    for data, repeated in loaded:
+        if isinstance(data, dict) and data.get("kind") == "ConfigMap":
+            yield from _of_config_map(place, data)
+        elif data is not None:
+            yield _document(place, data, repeated)
+
+
+def _of_config_map(place: str, config_map: dict[str, Any]) -> Iterator[Document]:
+    """The settings among its entries; kube-proxy's holds its kubeconfig too."""
+    kinds = re.compile(f"^kind: *['\"]?({KIND}|{KUBE_PROXY_KIND})\\b", re.MULTILINE)
+    for name, text in (config_map.get("data") or {}).items():
+        if isinstance(text, str) and kinds.search(text):
+            yield from _documents(f"{place}: data.{name}", text)
 
 
 def _load(text: str) -> list[tuple[Any, tuple[str, ...]]]:
@@ -103,17 +124,17 @@ def _load(text: str) -> list[tuple[Any, tuple[str, ...]]]:
     return found
 
 
-def _document(path: Path, data: Any, repeated: tuple[str, ...]) -> Document:
+def _document(place: str, data: Any, repeated: tuple[str, ...]) -> Document:
     if not isinstance(data, dict):
-        raise ConfigError(str(path), got=type(data).__name__, expected="a mapping of settings")
+        raise ConfigError(place, got=type(data).__name__, expected="a mapping of settings")
     data = {str(key): value for key, value in data.items()}
     has_kind = "kind" in data or "apiVersion" in data
     version, kind = data.pop("apiVersion", None), data.pop("kind", None)
     source = _SOURCES.get((version, kind)) if has_kind else Source.OURS
     if source is None:
         raise ConfigError(
-            f"{path}: apiVersion, kind",
+            f"{place}: apiVersion, kind",
             got=f"{version} {kind}",
             expected=" or ".join(" ".join(names) for names in _SOURCES),
         )
-    return Document(path, source, has_kind, data, repeated)
+    return Document(place, source, has_kind, data, repeated)

@@ -75,7 +75,7 @@ def load(
     given |= {**kube.derived, **kube.file}
     if ours:
         _refuse_repeated(ours)
-        given |= flatten(ours.data, str(ours.path), spell_as_file=ours.has_kind)
+        given |= flatten(ours.data, ours.place, spell_as_file=ours.has_kind)
     given |= {**kube.flags, **flags}
     settings = build({path: each for path, each in given.items() if each.value is not None})
     prepared = prepare(settings)
@@ -93,7 +93,7 @@ def _by_source(documents: Sequence[Document]) -> dict[Source, Document]:
     for document in documents:
         if document.source in found:
             raise ConfigError(
-                str(document.path),
+                document.place,
                 got=f"a second {document.source.value}",
                 expected="one in all files",
             )
@@ -104,7 +104,7 @@ def _by_source(documents: Sequence[Document]) -> dict[Source, Document]:
 def _refuse_repeated(document: Document) -> None:
     if document.repeated:
         raise ConfigError(
-            str(document.path),
+            document.place,
             got=", ".join(document.repeated),
             expected="every field once",
         )
@@ -126,11 +126,11 @@ def _read_kube_proxy(
         if flagged:
             longest = max(flagged, key=len)
             return given.names[longest] + path[len(longest) :]
-        return f"{document.path}: {path}" if document else path
+        return f"{document.place}: {path}" if document else path
 
     data = _merged(document.data, given.data) if document else given.data
     if document:
-        warnings += (f"{document.path}: {key}: given twice" for key in document.repeated)
+        warnings += (f"{document.place}: {key}: given twice" for key in document.repeated)
     else:
         add_flag_defaults(data)
     read = decode(data, where, zero_is_unset=document is not None)

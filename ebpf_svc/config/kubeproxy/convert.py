@@ -20,6 +20,7 @@ EXTERNAL_IPS_GATE = "AllowServiceExternalIPs"
 DEBUG_VERBOSITY = 4
 """The verbosity from which Kubernetes' components tell what only debugging needs."""
 
+_DEFAULTS = KubeProxyConfiguration()
 _CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "clusterCIDR": lambda text: text.split(","),
     "logging.format": lambda text: LogFormat.JSON if text == "json" else LogFormat.AUTO,
@@ -61,7 +62,7 @@ def convert(read: Read, where: Callable[[str], str]) -> Converted:
             continue
         value = value_at(config, field.path)
         if field.treatment is Treatment.IGNORED:
-            if value != value_at(KubeProxyConfiguration(), field.path):
+            if value != value_at(_DEFAULTS, field.path):
                 warnings.append(f"{where(field.path)}: ignored: {field.why}")
         elif is_active(field, config.mode):
             value = _CONVERT.get(field.path, _same)(value)
@@ -112,6 +113,6 @@ def _derived(read: Read, where: Callable[[str], str]) -> dict[FieldPath, Given]:
             ("healthzBindAddress", "healthz_bind_address"),
             ("metricsBindAddress", "metrics_bind_address"),
         ):
-            if path not in read.said:
+            if path not in read.said and value_at(config, path) != value_at(_DEFAULTS, path):
                 derived[setting] = Given(value_at(config, path), where("bindAddress"))
     return derived
