@@ -124,6 +124,19 @@ static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
 	return NULL;
 }
 
+/* End the flow under key if it is with that backend; false when it must live. */
+static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u32 now)
+{
+	struct flow_value *flow = flows.lookup(key);
+
+	if (!flow || flow->backend_id != backend_id)
+		return true;
+	if (key->proto != IPPROTO_UDP && !flow_ended(flow, key->proto, now))
+		return false;
+	flows.delete(key);
+	return true;
+}
+
 /* The client is about to talk to an endpoint in a new way, directly or through
  * another frontend. Flows that it had with the endpoint from the same port end
  * here: their translation would catch the answers. Returns false when one of
@@ -148,23 +161,14 @@ static __always_inline bool free_client_port(const struct l4_addr *endpoint,
 	id = *head;
 	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
 		struct backend_value *backend = backends.lookup(&id);
-		struct flow_value *flow;
 
 		if (!backend)
 			break;
 		key.service = backend->service;
 		key.second = 0;
-		flow = flows.lookup(&key);
-		if (flow && flow->backend_id != id) {
-			key.second = 1;
-			flow = flows.lookup(&key);
-		}
-		if (flow && flow->backend_id == id) {
-			if (pkt->proto == IPPROTO_UDP || flow_ended(flow, pkt->proto, now))
-				flows.delete(&key);
-			else
-				is_free = false;
-		}
+		is_free &= end_flow(&key, id, now);
+		key.second = 1;
+		is_free &= end_flow(&key, id, now);
 		id = backend->next;
 	}
 	return is_free;

@@ -206,6 +206,21 @@ def test_port_of_a_udp_flow_may_be_used_for_another_service_of_the_endpoint(worl
         world.run("egress", answer).expect(with_ends(answer, src=vip))
 
 
+def test_port_of_a_client_of_two_frontends_may_be_used_for_the_endpoint(world: World) -> None:
+    """However many addresses of the service it called before, in whatever order."""
+    client, backend = (world.net.pod, 5353), (world.net.a, 5300)
+    frontends = [(world.net.vip, 53), (world.net.node, 30053)]
+    service = world.service(*frontends[0], Protocol.UDP, backends=[backend])
+    service.add_frontend(*frontends[1])
+    answer, straight = world.udp(backend, client), world.udp(client, backend)
+    for first, second in (frontends, frontends[::-1]):
+        for frontend in (first, second):
+            world.run("pod_ingress", world.udp(client, frontend))
+            world.run("egress", answer).expect(with_ends(answer, src=frontend))
+        world.run("pod_ingress", straight).expect(straight)
+        world.run("egress", answer).expect(answer)
+
+
 def test_connection_straight_to_the_endpoint_ends_only_what_has_ended(world: World) -> None:
     """A SYN past the service frees the port of a finished flow, and leaves a living one alone."""
     client, vip, backend = (world.net.pod, 40000), (world.net.vip, 80), (world.net.a, 8080)
