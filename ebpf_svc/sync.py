@@ -18,7 +18,7 @@ from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Dataplane
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.log import get_logger
-from ebpf_svc.model.desired import DesiredState
+from ebpf_svc.model.desired import DesiredState, PlanKey
 from ebpf_svc.model.snapshot import Problem, Snapshot
 from ebpf_svc.status import StatusWriter
 
@@ -78,6 +78,13 @@ class Synced:
     """The kernel was read back first."""
     plan_s: float
     apply_s: float
+
+    def failed_keys(self) -> frozenset[PlanKey]:
+        """The service ports that could not be written."""
+        if not self.report.failed:
+            return frozenset()
+        names = {error.service for error in self.report.failed}
+        return frozenset(key for key in self.desired.plans if str(key) in names)
 
 
 class SyncObserver(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ebpf_svc.model.desired import FrontendKey, PlanKey
 from ebpf_svc.model.net import Family
@@ -109,3 +109,20 @@ class ShowsStart(Protocol):
 
     def start_s(self) -> Mapping[str, float]:
         """Step, one word -> seconds; empty until it is open."""
+
+
+class Series(NamedTuple):
+    """One value of a counter or gauge only this backend has."""
+
+    name: str
+    """As `metrics.catalog` spells it."""
+    labels: Mapping[str, str]
+    value: float
+
+
+@runtime_checkable
+class ShowsSeries(Protocol):
+    """A backend with metrics of its own, such as kube-proxy has for iptables."""
+
+    def series(self) -> Iterable[Series]:
+        """Each value; nothing while not open."""

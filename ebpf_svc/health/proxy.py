@@ -12,9 +12,8 @@ from http import HTTPStatus
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.health.http import Handler, Request, Response, json_response, pages
 from ebpf_svc.health.server import HttpServer, Site
-from ebpf_svc.health.services import Key, ServiceHealth
+from ebpf_svc.health.services import ServiceHealth
 from ebpf_svc.health.state import Health, HealthState
-from ebpf_svc.model.desired import DesiredState
 from ebpf_svc.model.service import ServiceName
 from ebpf_svc.model.snapshot import Snapshot
 from ebpf_svc.sync import Synced
@@ -84,8 +83,8 @@ class ProxyHealth:
         """
         for family in self.state.families:
             self.state.updated(family)
-        failed = {error.service for error in synced.report.failed}
-        self._services.sync(synced.desired.health_checks, _failing(synced.desired, failed))
+        failing = {(key.port_name.service, key.family) for key in synced.failed_keys()}
+        self._services.sync(synced.desired.health_checks, failing)
 
     def failed(self, error: DataplaneError) -> None:
         """Nothing is known to be done: what waits goes on ageing."""
@@ -104,10 +103,3 @@ class ProxyHealth:
         status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
         self._on_reply(page, status)
         return json_response(health.as_answered(ok=ok).body(with_node=page == "healthz"), status)
-
-
-def _failing(desired: DesiredState, failed: set[str]) -> set[Key]:
-    """The Services of service ports that could not be written."""
-    if not failed:
-        return set()
-    return {(key.port_name.service, key.family) for key in desired.plans if str(key) in failed}
