@@ -33,7 +33,7 @@ def test_benchmark_prints_a_table_and_writes_every_sample(
         "4",
         "--no-agent",
     ]
-    assert apply.main([*words, "--json", str(path)]) == 0
+    assert apply.main([*words, "--no-agent", "--json", str(path)]) == 0
     series = {each["name"]: each["samples"] for each in json.loads(path.read_text())["series"]}
     assert len(series["40 x 3 cold, plan and apply"]) == 2
     assert series["40 x 3 cold, map writes"] == [40 * (3 + 3 + 3 + 1)]

@@ -17,7 +17,7 @@ client that is silent for a day sends keep-alives."""
 CLOSED_S = 10
 """How long a closed TCP flow still translates what was under way."""
 
-_TCP = Protocol.TCP.number
+_UDP = Protocol.UDP.number
 _BOTH_FINS = int(FlowState.CLIENT_FIN | FlowState.BACKEND_FIN)
 _RESET, _ESTABLISHED = int(FlowState.RESET), int(FlowState.ESTABLISHED)
 
@@ -38,7 +38,7 @@ class Flow(NamedTuple):
 
 
 def is_closed(flow: Flow) -> bool:
-    """Whether a TCP flow was reset, or ended by both sides."""
+    """Whether a flow of TCP or SCTP was reset, or ended by both sides."""
     return _is_closed(flow.state)
 
 
@@ -48,8 +48,8 @@ def is_alive(flow: Flow) -> bool:
 
 
 def idle_limit_s(protocol: int, state: int) -> int:
-    """How long a flow of that protocol and state may go unused, in seconds."""
-    if protocol != _TCP:
+    """How long a flow may go unused, in seconds; SCTP's chunks are told as TCP's flags."""
+    if protocol == _UDP:
         return UDP_IDLE_S
     if _is_closed(state):
         return CLOSED_S

@@ -108,6 +108,16 @@ def test_frontend_value_carries_the_traffic_matrix_and_only_lists_it_uses() -> N
     ]
 
 
+def test_frontend_value_leaves_out_the_list_only_another_frontend_needs() -> None:
+    """A cluster IP with the Local policy does not change when the Cluster list moves."""
+    plan = make_plan("web", make_frontend(local_for=Sources.ALL), backends=MIXED)
+    lists = {ListName.CLUSTER: SlotRange(10, 2), ListName.LOCAL: SlotRange(20, 2)}
+    value = frontend_value(
+        plan, plan.frontends[0], service=3, lists=lists, ranges=0, use_maglev=True
+    )
+    assert value == FrontendValue(3, 7, 0, 0, 20, 2, 0, 0)
+
+
 def test_maglev_table_holds_every_member_evenly_and_nothing_else() -> None:
     """The table is of the members' names, filled with this node's ids."""
     plan = make_plan(backends=MIXED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from ebpf_svc.config import EbpfSettings
 from ebpf_svc.dataplane.ebpf import entries
 from ebpf_svc.dataplane.ebpf.codec import number
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX
+from ebpf_svc.dataplane.ebpf.entries import SlotRange
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.tables import Tables
@@ -252,6 +254,52 @@ def test_full_frontend_map_fails_only_the_plans_without_room_and_they_are_retrie
     assert report.failed == ()
     assert agent.read() == desired.view()
     assert agent.apply(desired).writes == 0
+
+
+def test_list_a_frontend_still_points_at_is_not_given_away() -> None:
+    """A switch the kernel refuses leaves the old list in use: its slots stay taken."""
+    tables = memory_tables()
+    agent = forwarding(tables)
+    agent.apply(make_desired(make_plan()))
+    frontends = tables.family[Family.V4].frontends
+    update = frontends.update
+
+    def refuse(items: list[tuple[bytes, bytes]]) -> None:
+        if items:
+            raise OSError(errno.ENOMEM, "out of memory", "frontends4")
+
+    frontends.update = refuse  # type: ignore[method-assign, assignment]
+    changed = make_plan(backends=["10.1.0.1", "10.1.0.3"])
+    (failed,) = agent.apply(make_desired(changed)).failed
+    assert failed.service == str(changed.key)
+    (data,) = (value for _, value in frontends.items())
+    used = state_of(agent).codec.frontend_value(data)
+    assert (
+        SlotRange(used.cluster_first, used.cluster_count)
+        in state_of(agent).records[changed.key].retired
+    )
+    frontends.update = update  # type: ignore[method-assign]
+    assert agent.apply(make_desired(changed)).failed == ()
+    assert state_of(agent).records[changed.key].retired == ()
+    assert agent.read() == make_desired(changed).view()
+
+
+def test_resync_writes_a_scribbled_list_again() -> None:
+    """Slots are compared too, those of a Maglev table without building it."""
+    tables = memory_tables()
+    agent = forwarding(tables)
+    node_port = make_frontend("192.168.0.11", 30080, kind=FrontendKind.NODE_PORT)
+    desired = make_desired(make_plan("web", make_frontend(), node_port))
+    agent.apply(desired)
+    before = tables.slots.read(0, 300)
+    for slot in (1, 200):
+        tables.slots.write(slot, (9).to_bytes(4, "little"))
+    report = agent.apply(desired, resync=True)
+    assert report.repaired == (
+        "slots CLUSTER of default/web/TCP/IPv4 written again",
+        "slots MAGLEV_CLUSTER of default/web/TCP/IPv4 written again",
+    )
+    assert tables.slots.read(0, 300) == before
 
 
 def test_too_many_backends_fail_one_plan_and_take_nothing() -> None:

@@ -138,6 +138,7 @@ def test_tombstone_without_flows_goes_with_the_second_sweep(node: Node) -> None:
         ("TCP", ESTABLISHED | FlowState.RESET, CLOSED_S + 5, False),
         ("TCP", 0, SYN_IDLE_S - 5, True),
         ("TCP", 0, SYN_IDLE_S + 5, False),
+        ("SCTP", ESTABLISHED, UDP_IDLE_S + 5, True),
         ("UDP", 0, UDP_IDLE_S - 5, True),
         ("UDP", 0, UDP_IDLE_S + 5, False),
     ],
@@ -155,6 +156,16 @@ def test_tombstone_stays_as_long_as_a_flow_may_go_on(
     number = both.key.port_name.protocol.number
     assert node.is_indexed("10.1.0.2", number) is lives
     assert len(list(node.tables.flows.items())) == int(lives)
+
+
+def test_frontend_drains_for_one_sweep_at_least(node: Node) -> None:
+    """A program that read it a moment before it drained may be about to open a flow."""
+    node.apply(BOTH)
+    node.apply()
+    assert node.sweep() == 0
+    assert node.frontend_is_there(BOTH)
+    node.sweep()
+    assert not node.frontend_is_there(BOTH)
 
 
 def test_tombstone_in_the_middle_of_a_chain_leaves_its_neighbours_linked(node: Node) -> None:
