@@ -70,6 +70,8 @@ def addresses_of(
         # No prefix of this family leaves it open, even if the other one is restricted (A2).
         is_open = not prefixes or any(prefix.prefixlen == 0 for prefix in prefixes)
         selected = _selected(node.local_addresses, family, None if is_open else prefixes)
+        if not localhost:
+            selected = tuple(address for address in selected if address != LOOPBACK[family])
         result[family] = Addresses(node_ip, selected, (WILDCARD[family],) if is_open else selected)
     return result
 

@@ -320,6 +320,7 @@ plan_options = st.builds(
     PlanOptions,
     families=st.sampled_from([tuple(Family), (Family.V4,), (Family.V6,)]),
     node_port_addresses=st.sampled_from([(), ("primary",), ("localhost", "192.168.0.0/16")]),
+    localhost_node_ports=st.booleans(),
     masquerade_all=st.booleans(),
     local_detector=st.frozensets(families),
     allow_external_ips=st.booleans(),

@@ -406,6 +406,18 @@ def test_node_ports_answer_on_selected_addresses(selection, expected):
     assert found == sorted(expected)
 
 
+@pytest.mark.parametrize("selection", [(), ("localhost", "192.168.0.0/16"), ("127.0.0.0/8",)])
+def test_node_ports_stay_off_loopback_when_told(selection):
+    """localhostNodePorts: false closes loopback, whatever selects it (S7)."""
+    state = plan(
+        make_service("web", make_port(80, node_port=30080)),
+        options=replace(V4_ONLY, node_port_addresses=selection, localhost_node_ports=False),
+    )
+
+    assert "127.0.0.1:30080/TCP" not in keys(state)
+    assert len(keys(state)) == 1 + (selection != ("127.0.0.0/8",))
+
+
 def test_primary_without_a_node_ip_is_open():
     """`primary` on a node whose IP is unknown restricts nothing (A2, A5)."""
     service = make_service("web", make_port(80, node_port=30080))
