@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ebpf_svc.config.given import leaves, spelt, value_of
 from ebpf_svc.config.kubeproxy.convert import is_active, value_at
 from ebpf_svc.config.kubeproxy.fields import DEPRECATED_PORTS, FIELDS, Treatment
@@ -33,7 +35,8 @@ def setting_rows() -> list[list[str]]:
     rows = []
     for path in leaves():
         *sections, name = path.split(".")
-        model = type(value_of(defaults, ".".join(sections)) if sections else defaults)
+        section: BaseModel = value_of(defaults, ".".join(sections)) if sections else defaults
+        model = type(section)
         live = "yes" if path in LIVE_FIELDS else ""
         rows.append([spelt(path), text_of(path, defaults), live, docstrings(model).get(name, "")])
     return rows

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
+from functools import cache
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from ebpf_svc.config.document import API_VERSION, KIND
-from ebpf_svc.config.given import section_of
+from ebpf_svc.config.given import section_of, spelt
 from ebpf_svc.config.settings import Settings
 from ebpf_svc.config.values import file_name, format_duration
 
 WIDTH = 100
+_FIELD = re.compile(r"(?<=`)[a-z_.]+(?=`)")
 
 
 def as_yaml(settings: Settings, *, comments: bool = False) -> str:
@@ -41,8 +44,9 @@ def plain(name: str, value: Any) -> Any:
     return str(value)
 
 
+@cache
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """What each field of a section says about itself."""
+    """What each field of a section says about itself, other fields spelt as in a file."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -53,7 +57,8 @@ def docstrings(model: type[BaseModel]) -> dict[str, str]:
             and isinstance(follower, ast.Expr)
             and isinstance(follower.value, ast.Constant)
         ):
-            found[statement.target.id] = " ".join(str(follower.value.value).split())
+            text = " ".join(str(follower.value.value).split())
+            found[statement.target.id] = _FIELD.sub(lambda match: spelt(match[0]), text)
     return found
 
 
@@ -61,7 +66,7 @@ def _section(section: BaseModel, indent: str, comments: bool) -> list[str]:
     model, lines = type(section), []
     for name, value in section:
         nested = section_of(model, name)
-        about = docstrings(model).get(name) or (nested and inspect.getdoc(nested)) or ""
+        about = docstrings(model).get(name) or str(nested.__doc__ if nested else "")
         if comments and about:
             mark = f"{indent}# "
             lines += textwrap.wrap(
