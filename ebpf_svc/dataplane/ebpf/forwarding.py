@@ -16,10 +16,10 @@ from ebpf_svc.dataplane.base import ApplyReport
 from ebpf_svc.dataplane.ebpf import readback
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.entries import MaglevOptions
-from ebpf_svc.dataplane.ebpf.ids import RangePool
+from ebpf_svc.dataplane.ebpf.ids import GRACE_S, RangePool
 from ebpf_svc.dataplane.ebpf.maglev import TableCache
 from ebpf_svc.dataplane.ebpf.render import Renderer
-from ebpf_svc.dataplane.ebpf.state import GRACE_S, FamilyState
+from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.dataplane.ebpf.verify import FamilyVerifier
 from ebpf_svc.dataplane.ebpf.write import Writer

@@ -14,6 +14,10 @@ from ebpf_svc.errors import DataplaneError
 
 Item = TypeVar("Item")
 
+GRACE_S = 2.0
+"""How long what is given back rests before it is given out again: a program that has read a number
+is done with it within microseconds."""
+
 _FREE, _FIRST, _REST, _RESTING = range(4)
 """What a byte of a pool says: free, first of a taken range, further on in one, given back."""
 

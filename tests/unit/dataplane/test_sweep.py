@@ -12,8 +12,9 @@ from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, UDP_IDLE_S, FlowState
 from ebpf_svc.dataplane.ebpf.flows import CLOSED_S, TCP_IDLE_S
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
+from ebpf_svc.dataplane.ebpf.ids import GRACE_S
 from ebpf_svc.dataplane.ebpf.layout import wire_port
-from ebpf_svc.dataplane.ebpf.state import GRACE_S, FamilyState
+from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.sweep import FamilySweep
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.model.desired import FrontendKind, ServicePlan
