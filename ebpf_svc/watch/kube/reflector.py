@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from ebpf_svc.errors import WatchError
 from ebpf_svc.log import get_logger
-from ebpf_svc.watch.kube import wire
+from ebpf_svc.watch.kube import collector, wire
 from ebpf_svc.watch.kube.connection import Answer, ApiServer
 from ebpf_svc.watch.kube.decode import (
     Key,
@@ -163,9 +164,16 @@ class Reflector(Generic[ItemT, ValueT]):
         """List if need be, then watch until the server ends it."""
         if self._outage.is_on:
             self._server.probe()
-        if not self._version and not self._streams:
+        if self._version:
+            self._watch(None)
+            return
+        with ExitStack() as stack:
+            stack.enter_context(collector.paused())
+            if self._streams:
+                self._watch(_Found(), stack.close)
+                return
             self._list()
-        self._watch()
+        self._watch(None)
 
     def _list(self) -> None:
         """List page by page; the sink changes once, when all is there."""
@@ -188,9 +196,15 @@ class Reflector(Generic[ItemT, ValueT]):
                 self._listed(found, meta.get("resourceVersion") or "")
                 return
 
-    def _watch(self) -> None:
-        """Take events until the server ends the watch, after all objects if there is no version."""
-        found = None if self._version else _Found[ValueT]()
+    def _watch(
+        self, found: _Found[ValueT] | None, on_listed: Callable[[], object] = lambda: None
+    ) -> None:
+        """Take events until the server ends the watch.
+
+        Args:
+            found: takes the objects that are there, to begin with; None = they are known.
+            on_listed: called when all of them were sent.
+        """
         query = {
             "watch": "true",
             "allowWatchBookmarks": "true",
@@ -212,6 +226,7 @@ class Reflector(Generic[ItemT, ValueT]):
                 elif line.ends_list:
                     self._listed(found, line.version)
                     found = None
+                    on_listed()
                 elif line.verb == "DELETED":
                     found.values.pop(line.reading.key, None)
                 elif line.verb != "BOOKMARK":
