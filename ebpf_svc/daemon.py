@@ -14,10 +14,12 @@ from pathlib import Path
 from ebpf_svc import __version__
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import ConfigError, UnsupportedHost
+from ebpf_svc.events import EventRecorder, ObjectRef
 from ebpf_svc.host.lock import DirectoryLock
 from ebpf_svc.host.mounts import ensure_bpffs
 from ebpf_svc.log import get_logger
 from ebpf_svc.modes import make_dataplane
+from ebpf_svc.monitoring import Monitoring
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from ebpf_svc.sync import SyncLoop
@@ -64,10 +66,24 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
         dataplane = make_dataplane(mode, settings)
         planner = Planner(PlanOptions.from_settings(settings))
         addresses, files = AddressWatch(store), FileSource(settings, store)
-        loop = SyncLoop(store, planner, dataplane, settings, on_ready=settle_memory)
+        recorder = EventRecorder()
+        monitoring = Monitoring(settings, dataplane, recorder)
+        loop = SyncLoop(
+            store,
+            planner,
+            dataplane,
+            settings,
+            on_ready=settle_memory,
+            observers=monitoring.observers,
+        )
         _watch_threads(loop)
+        # Before the dataplane opens, which may take a compile: a liveness probe does not wait.
+        stack.callback(monitoring.stop)
+        monitoring.start(on_fatal=loop.abort)
         dataplane.open()
         stack.callback(dataplane.close)
+        stack.callback(monitoring.stop)  # nobody may collect from a dataplane that closes
+        recorder.note(ObjectRef("Node", "", node), "Starting", mode, action="StartKubeProxy")
         addresses.start()
         stack.callback(addresses.stop)
         files.start()
