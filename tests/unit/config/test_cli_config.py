@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebpf_svc.cli import main
+from ebpf_svc.cli import cleanup, main
 from ebpf_svc.config import Settings
 from tests.unit.config.kube import kube_proxy, load_text, ours
 
@@ -123,3 +123,17 @@ def test_run_says_what_it_ignores(tmp_path: Path, file: str, capsys: Output) -> 
     (line,) = capsys.readouterr().err.splitlines()
     assert "config.ignored" in line
     assert "ipvs.scheduler" in line
+
+
+def test_run_cleanup_is_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kube-proxy's --cleanup (Z4), with the place the agent's own flags name."""
+    seen: list[Settings] = []
+
+    def remove(settings: Settings) -> tuple[list[str], list[str]]:
+        seen.append(settings)
+        return [], []
+
+    monkeypatch.setattr(cleanup, "_remove", remove)
+    place = ("--run-dir", str(tmp_path / "run"), "--bpffs", str(tmp_path))
+    assert call("run", "--cleanup", "--proxy-mode=ipvs", *place) == 0
+    assert [settings.ebpf.bpffs for settings in seen] == [tmp_path]
