@@ -26,9 +26,10 @@ FRESH_S = 10.0
 
 NO_FLOWS = FlowCounts({}, {})
 
-_TCP = Protocol.TCP.number
-_TCP_LIMITS_S = [idle_limit_s(_TCP, state) for state in range(256)]
-_OTHER_LIMIT_S = idle_limit_s(Protocol.UDP.number, 0)
+_UDP = Protocol.UDP.number
+_UDP_LIMIT_S = idle_limit_s(_UDP, 0)
+_LIMITS_S = [idle_limit_s(Protocol.TCP.number, state) for state in range(256)]
+"""By state, of TCP and SCTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,6 @@ def _count_flows(tables: FamilyTables) -> tuple[Counter[int], int]:
         alive.update(
             service
             for service, protocol, state, seen_s in columns
-            if now_s - seen_s <= (_TCP_LIMITS_S[state] if protocol == _TCP else _OTHER_LIMIT_S)
+            if now_s - seen_s <= (_UDP_LIMIT_S if protocol == _UDP else _LIMITS_S[state])
         )
     return alive, entries
