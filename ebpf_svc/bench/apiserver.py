@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gzip
 import json
 import ssl
 import threading
@@ -80,6 +81,9 @@ class MockApiServer:
         """Knows sendInitialEvents, as servers since 1.34 do by default."""
         self.token = ""
         """Bearer token asked for; empty = anybody may come in."""
+        self.compresses = False
+        """Lists are compressed for those who say they can read it."""
+        self.connections_made = 0
         self.piece_bytes, self.piece_pause_s = 0, 0.0
         """Send so many bytes at a time, with a pause after each; 0 = as fast as can be."""
 
@@ -222,6 +226,7 @@ class MockApiServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
+        self.connections_made += 1
         try:
             while request := await _read_request(reader):
                 self.requests.append(request)
@@ -246,7 +251,8 @@ class MockApiServer:
                 body = _status(fault.status, fault.message) if body is None else body
                 await self._send(writer, fault.status, body, fault.headers)
                 return True
-        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if self.token and (scheme.lower(), token) != ("bearer", self.token):
             await self._send(writer, 401, _status(401, "Unauthorized"))
             return True
         collection = self._collections.get(request.path)
@@ -257,7 +263,10 @@ class MockApiServer:
             if request.query.get("watch") == "true":
                 await self._watch(collection, request.query, reader, writer)
                 return False
-            await self._send(writer, 200, self._list(collection, request.query))
+            body, headers = self._list(collection, request.query), {}
+            if self.compresses and "gzip" in request.headers.get("accept-encoding", ""):
+                body, headers = gzip.compress(body, 1), {"content-encoding": "gzip"}
+            await self._send(writer, 200, body, headers)
         except Gone as error:
             await self._send(writer, 410, _status(410, str(error)))
         return True
@@ -330,8 +339,8 @@ class MockApiServer:
         body: bytes,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        lines = [f"HTTP/1.1 {status} .", f"content-length: {len(body)}"]
-        lines += [f"{key}: {value}" for key, value in (headers or {}).items()]
+        headers = {"content-length": str(len(body)), **(headers or {})}
+        lines = [f"HTTP/1.1 {status} .", *(f"{key}: {value}" for key, value in headers.items())]
         writer.write("\r\n".join((*lines, "", "")).encode())
         await self._write(writer, body)
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import urllib3
+import yaml
 from kubernetes import config
 from kubernetes.client import Configuration
 from kubernetes.client.rest import RESTClientObject
@@ -51,6 +52,12 @@ _KEEPALIVE = (
 )
 _BROKEN = (HTTPError, http.client.HTTPException, OSError)
 """What a connection may end with."""
+_UNUSABLE = (
+    *(config.ConfigException, yaml.YAMLError, OSError),
+    # A file of any other shape fails somewhere inside the official client.
+    *(ValueError, TypeError, LookupError, AttributeError),
+)
+"""What reading credentials may end with."""
 
 
 class Answer:
@@ -258,7 +265,7 @@ def load_configuration(settings: KubernetesSettings) -> Any:
             )
         elif not settings.master:
             config.load_incluster_config(client_configuration=configuration)
-    except (config.ConfigException, OSError, ValueError, TypeError) as error:
+    except _UNUSABLE as error:
         where = settings.kubeconfig or "none, and no service account of a pod"
         raise ConfigError("kubeconfig", got=str(where), expected=f"credentials: {error}") from error
     if settings.master:
