@@ -168,9 +168,13 @@ class World(Wire):
 
     def flag_backend(self, backend_id: int, flags: BackendFlag) -> None:
         """Say what a backend may get."""
+        self.change_backend(backend_id, flags=int(flags))
+
+    def change_backend(self, backend_id: int, **fields: Any) -> None:
+        """Write some fields of a backend's value."""
         backends = self._array("backends")
-        fields = backends.value.unpack(backends.read(backend_id, 1))._asdict()
-        backends.write(backend_id, backends.value.pack(**{**fields, "flags": int(flags)}))
+        known = backends.value.unpack(backends.read(backend_id, 1))._asdict()
+        backends.write(backend_id, backends.value.pack(**{**known, **fields}))
 
     def add_slots(self, ids: Sequence[int]) -> tuple[int, int]:
         """A new list; (first, count)."""

@@ -6,6 +6,7 @@ import pytest
 from scapy.all import SCTPChunkAbort, SCTPChunkData, SCTPChunkInitAck, SCTPChunkShutdown
 
 from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, UDP_IDLE_S
+from ebpf_svc.dataplane.ebpf.layout import wire_port
 from ebpf_svc.model.net import Protocol, Sources
 from tests.lib.packet_world import World
 from tests.lib.packets import with_ends
@@ -233,3 +234,30 @@ def test_connection_straight_to_the_endpoint_ends_only_what_has_ended(world: Wor
     world.run("pod_ingress", world.tcp(client, vip, "FA"))
     world.run("pod_ingress", straight).expect(straight)
     world.run("egress", answer).expect(answer)
+
+
+def test_requests_keep_a_udp_flow_alive(world: World) -> None:
+    """A stream nobody answers, as of statsd or syslog, stays with its backend."""
+    client, vip = (world.net.pod, 40000), (world.net.vip, 53)
+    a, b = (world.net.a, 53), (world.net.b, 53)
+    service = world.service(*vip, Protocol.UDP, backends=[a])
+    datagram = world.udp(client, vip)
+    world.run("pod_ingress", datagram)
+    service.set_backends([b], draining=[a])
+    for _ in range(3):
+        world.age("flows", UDP_IDLE_S - 2)
+        assert world.run("pod_ingress", datagram).dst == a
+
+
+def test_udp_flow_does_not_follow_its_backends_id_to_another_owner(world: World) -> None:
+    """An id given out again brings no flows to its next endpoint or service port."""
+    client, vip = (world.net.pod, 40000), (world.net.vip, 53)
+    a, b = (world.net.a, 53), (world.net.b, 53)
+    for owner in ({"service": 99}, {"at_port": wire_port(54)}):
+        service = world.service(*vip, Protocol.UDP, backends=[a])
+        datagram = world.udp(client, vip)
+        assert world.run("pod_ingress", datagram).dst == a
+        service.set_backends([b], draining=[a])
+        world.change_backend(1, **owner)
+        assert world.run("pod_ingress", datagram).dst == b
+        world.reset()

@@ -71,6 +71,25 @@ def test_fragments_of_two_datagrams_are_told_apart(world: World) -> None:
             world.run("pod_ingress", pieces[which][step]).expect(wanted[which][step])
 
 
+def test_fragments_to_two_receivers_with_one_id_are_told_apart(world: World) -> None:
+    """An id is unique for a sender and receiver only, and they may differ in one of the two."""
+    net = world.net
+    client, vip, backend = (net.pod, 40000), (net.vip, 53), (net.a, 5353)
+    world.service(*vip, Protocol.UDP, backends=[backend])
+    request = world.udp(client, vip, payload=PAYLOAD)
+    wanted = world.fragments(with_ends(request, dst=backend))
+    for piece, expected in zip(world.fragments(request), wanted, strict=True):
+        world.run("pod_ingress", piece).expect(expected)
+    other_vip = (net.other_vip, 53)
+    world.service(*other_vip, Protocol.UDP, backends=[backend])
+    for other in (
+        world.udp(client, other_vip, payload=PAYLOAD),
+        world.udp((net.outside_too, 40000), vip, payload=PAYLOAD),
+    ):
+        for piece in world.fragments(other)[1:]:
+            world.run("pod_ingress", piece).expect_untouched()
+
+
 def test_later_fragment_whose_first_never_came_passes(world: World) -> None:
     """Nobody knows where it belongs: the stack may wait for the rest."""
     client, vip = (world.net.pod, 40000), (world.net.vip, 53)

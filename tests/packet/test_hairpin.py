@@ -82,6 +82,15 @@ def test_answer_to_nobody_at_the_hairpin_address_is_dropped(world: World) -> Non
     assert world.drops() == {Drop.DISCARDED: 1}
 
 
+def test_packet_from_elsewhere_to_the_hairpin_address_is_none_of_ours(world: World) -> None:
+    """Only at a pod's device does the address mean anything: nobody from outside gets in by it."""
+    pod, vip, backend = (world.net.a, 40000), (world.net.vip, 80), (world.net.a, 8080)
+    world.service(*vip, backends=[backend])
+    world.run("pod_ingress", world.tcp(pod, vip))
+    answer = world.tcp(backend, (world.net.hairpin, pod[1]), "SA")
+    world.run("node_ingress", answer).expect_untouched()
+
+
 def test_backend_that_calls_itself_from_elsewhere_is_masqueraded(world: World) -> None:
     """Seen at a node's device there is no pod device to turn round at: masquerade it (P9)."""
     backend, node_port = (world.net.a, 8080), (world.net.node, 30080)

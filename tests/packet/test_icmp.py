@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scapy.all import Packet
+from scapy.all import Ether, Packet
 
 from ebpf_svc.model.net import Family, Protocol, Sources
 from tests.lib.packet_world import IPV4_ONLY, World
@@ -159,6 +159,24 @@ def test_error_whose_receiver_did_not_send_the_quoted_packet_is_not_touched(worl
     world.run("node_ingress", forged).expect_untouched()
     forged = world.icmp_error(net.router, net.outside_too, _sent(request, dst=backend))
     world.run("egress", forged).expect_untouched()
+
+
+def test_later_fragment_that_looks_like_an_error_is_not_touched(world: World) -> None:
+    """What follows its header is the middle of something, whatever it resembles."""
+    net = world.net
+    client, vip, backend = (net.pod, 40000), (net.vip, 80), (net.b, 8080)
+    world.service(*vip, backends=[backend])
+    request = world.tcp(client, vip)
+    world.run("pod_ingress", request)
+    error = world.icmp_error(net.router, client[0], _sent(request, dst=backend), quoted_bytes=40)
+    whole = world.ip(
+        net.router, client[0], **{world.next_header: error[1].fields[world.next_header]}
+    )
+    at = 34 if world.family is Family.V4 else 54
+    datagram = Ether(bytes(whole / (bytes(800) + bytes(error)[at:])))
+    later = world.fragments(datagram)[1]
+    assert bytes(later).endswith(bytes(error)[at:])
+    world.run("egress", later).expect_untouched()
 
 
 def test_ping_to_a_service_is_not_touched(world: World) -> None:

@@ -157,6 +157,17 @@ def test_client_that_calls_the_endpoint_itself_later_is_answered_by_it(world: Wo
         world.run("egress", answer).expect_untouched()
 
 
+def test_syn_ack_repeated_after_the_client_closed_comes_from_the_service(world: World) -> None:
+    """A client that is done at once may lose all its segments: the backend knows of no end yet."""
+    client, vip, backend = (world.net.pod, 40000), (world.net.vip, 80), (world.net.a, 8080)
+    world.service(*vip, backends=[backend])
+    for flags in ("S", "A", "PA", "FA"):
+        world.run("pod_ingress", world.tcp(client, vip, flags))
+    answer = world.tcp(backend, client, "SA")
+    for _ in range(2):
+        world.run("egress", answer).expect(with_ends(answer, src=vip))
+
+
 def test_service_ports_that_share_an_endpoint_each_get_their_answers(world: World) -> None:
     """One pod behind many services: every client is answered by the service it called."""
     backend = (world.net.a, 8080)
