@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebpf_svc.dataplane.ebpf import entries
-from ebpf_svc.dataplane.ebpf.codec import number
+from ebpf_svc.dataplane.ebpf.chains import ChainFullError
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
 from ebpf_svc.dataplane.ebpf.entries import ListName, MaglevOptions, SlotRange
 from ebpf_svc.dataplane.ebpf.state import FamilyState, HeldList, Record
@@ -69,12 +69,16 @@ class Renderer:
     def __init__(
         self, state: FamilyState, slots: ArrayTable, *, use_maglev: bool, options: MaglevOptions
     ) -> None:
-        self._state, self._codec, self._tables = state, state.codec, state.tables
+        self._state, self._codec, self._chains = state, state.codec, state.chains
         self._slots, self._use_maglev, self._options = slots, use_maglev, options
         self._heads: dict[bytes, int] = {}
         """Backends rendered and not yet in the index."""
         self._lengths: dict[bytes, int] = {}
         """Of the chains they head; not there = 1."""
+
+    def is_pending(self, at: bytes) -> bool:
+        """Whether a backend with this `at` was rendered and is not written yet."""
+        return at in self._heads
 
     def written(self) -> None:
         """What was rendered so far is in the kernel."""
@@ -117,6 +121,8 @@ class Renderer:
             taken.give_back()
             if orphan is not None:
                 state.orphans[record.service] = orphan
+            if isinstance(error, DataplaneError):
+                raise
             raise DataplaneError(str(error)) from error
         if old_keys is not keys:
             still = set(keys)
@@ -175,9 +181,9 @@ class Renderer:
                 known = dead[at]
                 change.revived.append(known)
             ids.append(known)
-            if known and self._flags_of(known) != flags[i]:
+            if known and self._chains.flags(known) != flags[i]:
                 change.flag_puts.append((known, flags[i]))
-            if not is_linked and not (known and known in self._chain(at)):
+            if not is_linked and not (known and known in self._chains.walk(at)):
                 missing.append(i)
         change.backend_drops.extend(held.values())
         return ids, missing
@@ -213,37 +219,19 @@ class Renderer:
         ats = self._codec.ats(record.plan.backends, protocol)
         return dict(zip(ats, record.backend_ids, strict=True))
 
-    def _flags_of(self, backend: int) -> int:
-        table = self._tables.backends
-        return self._codec.backend_words(table.view(), backend * table.stride)[2]
-
     def _head(self, at: bytes) -> tuple[int, int]:
         """The first backend with this `at` so far and the length of its chain.
 
         Raises:
-            DataplaneError: the egress program would not walk a longer one to its end.
+            ChainFullError: the egress program would not walk a longer one to its end.
         """
         head, length = self._heads.get(at, NO_BACKEND), self._lengths.get(at, 1)
         if head == NO_BACKEND:
-            chain = self._chain(at)
+            chain = self._chains.walk(at)
             head, length = (chain[0], len(chain)) if chain else (NO_BACKEND, 0)
         if length >= BACKEND_CHAIN_MAX:
-            address, port = self._codec.endpoint(at)
-            raise DataplaneError(
-                f"{BACKEND_CHAIN_MAX} service ports have endpoint {address} port {port} already"
-            )
+            raise ChainFullError(at, *self._codec.endpoint(at))
         return head, length
-
-    def _chain(self, at: bytes) -> list[int]:
-        """The backends with this `at` that are in the kernel, in the order programs walk them."""
-        head = self._tables.backend_index.lookup(at)
-        chain: list[int] = []
-        following = number(head) if head else NO_BACKEND
-        table = self._tables.backends
-        while following != NO_BACKEND and len(chain) <= BACKEND_CHAIN_MAX:
-            chain.append(following)
-            following = self._codec.backend_words(table.view(), following * table.stride)[1]
-        return chain
 
     def _render_lists(self, change: Change, record: Record, taken: _Taken) -> None:
         plan, ids = change.plan, change.record.backend_ids

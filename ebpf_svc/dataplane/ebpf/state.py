@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ebpf_svc.dataplane.ebpf.chains import Chains
 from ebpf_svc.dataplane.ebpf.codec import Codec, number
 from ebpf_svc.dataplane.ebpf.constants import NO_BACKEND
 from ebpf_svc.dataplane.ebpf.entries import (
@@ -94,6 +95,7 @@ class FamilyState:
         self.services = IdPool(f"{name} services", entries, grace_s=GRACE_S)
         self.backends = IdPool(f"{name} backends", tables.backends.max_entries - 1, grace_s=GRACE_S)
         self.range_sets = RangeSets(f"{name} source ranges", tables.source_ranges.max_entries)
+        self.chains = Chains(codec, tables)
         self.records: dict[PlanKey, Record] = {}
         self.orphans: dict[int, Orphan] = {}
         self.frontends: dict[bytes, bytes] = {}
@@ -164,6 +166,13 @@ class FamilyState:
             self.fresh_dead.update(backends)
             if is_udp:
                 self.lost_udp.extend(backends)
+
+    def exhume(self, service: int, backends: Sequence[int]) -> None:
+        """Take tombstones out of their chains for good, whatever flows still name them."""
+        for backend in backends:
+            self.chains.unlink(backend, self.at_of(backend))
+            self.backends.release(backend)
+        self.revive(service, backends)
 
     def revive(self, service: int, backends: Iterable[int]) -> None:
         """Note tombstones that serve again, or are gone for good."""

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from ebpf_svc.dataplane.ebpf.codec import number
-from ebpf_svc.dataplane.ebpf.constants import NO_BACKEND
 from ebpf_svc.dataplane.ebpf.flows import FlowReader, is_alive
 from ebpf_svc.dataplane.ebpf.state import FamilyState
+from ebpf_svc.model.net import Protocol
 
+_UDP = Protocol.UDP.number
 _SLICE = 512
 """Tombstones freed before the lock is let go, for an apply that waits."""
 
@@ -88,7 +88,8 @@ class FamilySweep:
                 if backend not in wanted and service not in services:
                     continue
                 flow = chunk.flow(i)
-                if is_alive(flow):
+                # UDP moves on from a backend that left, so it never needs a tombstone (C5).
+                if is_alive(flow) and (flow.protocol != _UDP or backend not in wanted):
                     found.live_ids.add(backend)
                     found.live_frontends.add(flow.frontend)
                 elif backend in wanted:
@@ -101,30 +102,8 @@ class FamilySweep:
         still = set(state.dead.get(service, ())) - state.fresh_dead
         done = [backend for backend in backends if backend in still]
         self._tables.flows.delete([key for each in done for key in found.stale.get(each, ())])
-        for backend in done:
-            self._unlink(backend)
-            state.backends.release(backend)
-        state.revive(service, done)
+        state.exhume(service, done)
         return len(done)
-
-    def _unlink(self, backend: int) -> None:
-        """Take a backend out of its chain; its `next` stays for programs that are there now."""
-        table, codec = self._tables.backends, self._state.codec
-        view, index = table.view(), self._tables.backend_index
-        following = codec.backend_words(view, backend * table.stride)[1]
-        at = self._state.at_of(backend)
-        head = index.lookup(at)
-        before, here = NO_BACKEND, number(head) if head else NO_BACKEND
-        while here not in (NO_BACKEND, backend):
-            before, here = here, codec.backend_words(view, here * table.stride)[1]
-        if here == NO_BACKEND:
-            return  # it never got into the index
-        if before != NO_BACKEND:
-            table.write_word(before, codec.next_offset, following)
-        elif following != NO_BACKEND:
-            index.update([(at, codec.word(following))])
-        else:
-            index.delete([at])
 
     def _free_frontends(self, keys: Iterable[bytes]) -> int:
         state = self._state

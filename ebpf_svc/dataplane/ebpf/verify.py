@@ -7,6 +7,7 @@ to a limit: whoever clears a whole map need not be told ten thousand times.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from ebpf_svc.dataplane.ebpf import entries
 from ebpf_svc.dataplane.ebpf.codec import number
@@ -134,9 +135,10 @@ class FamilyVerifier:
     def _all_backends(self) -> bytearray:
         """A byte for each backend id: 1 when it must be in the index."""
         known = bytearray(self._tables.backends.max_entries)
-        for record in self._state.records.values():
-            for backend in record.backend_ids:
-                known[backend] = 1
+        held = [record.backend_ids for record in self._state.records.values()]
+        held += (orphan.backend_ids for orphan in self._state.orphans.values())
+        for backend in chain.from_iterable(held):
+            known[backend] = 1
         for backends in self._state.dead.values():
             for backend in backends:
                 known[backend] = 1

@@ -235,6 +235,22 @@ def test_one_service_port_too_many_for_an_endpoint_fails_alone() -> None:
     assert agent.read() == make_desired(*plans[:-1]).view()
 
 
+def test_services_that_were_behind_an_endpoint_make_room_for_those_that_are() -> None:
+    """However many come and go before a sweep: the oldest tombstone leaves a full chain."""
+    tables = memory_tables()
+    agent = forwarding(tables)
+    for i in range(2 * BACKEND_CHAIN_MAX):
+        plan = make_plan(f"web{i:02}", make_frontend(f"10.96.1.{i}"), backends=["10.1.0.1"])
+        desired = make_desired(plan)
+        assert agent.apply(desired).failed == ()
+        assert agent.read() == desired.view()
+        chain = chain_of(tables, agent, "10.1.0.1")
+        assert len(chain) <= BACKEND_CHAIN_MAX
+        assert chain[0] == ids_of(agent, plan)[1][0]
+    agent = forwarding(tables)
+    assert agent.apply(desired, resync=True).repaired == ()
+
+
 def test_full_frontend_map_fails_only_the_plans_without_room_and_they_are_retried() -> None:
     """Others are written; when room appears the next apply of the same state writes the rest."""
     tables = memory_tables(frontends=3)
