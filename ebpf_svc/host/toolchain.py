@@ -74,15 +74,20 @@ def find_headers(root: Path = Path("/"), release: str | None = None) -> Headers 
     archive = root / "sys/kernel/kheaders.tar.xz"
     if archive.exists():
         return Headers(origin=str(archive), archive=archive)
-    sources = root / "usr/src"
-    built = [
-        tree
-        for tree in sources.glob("linux-headers-*")
-        if (tree / "include/generated/autoconf.h").is_file()
-    ]
-    if not built:
-        return None
-    newest = max(built, key=lambda tree: _version(tree.name))
+    # An image of ours brings a tree in the second place: the first is the node's, mounted.
+    for sources in (root / "usr/src", root / "usr/local/src"):
+        built = [
+            tree
+            for tree in sources.glob("linux-headers-*")
+            if (tree / "include/generated/autoconf.h").is_file()
+        ]
+        if built:
+            return _split_tree(sources, max(built, key=lambda tree: _version(tree.name)))
+    return None
+
+
+def _split_tree(sources: Path, newest: Path) -> Headers:
+    """A tree with the part that its distribution keeps apart."""
     # Debian splits a tree in -amd64 and -common, Ubuntu in -generic and a plain version.
     stem = re.sub(r"(?<=\d)-[a-z][\w-]*$", "", newest.name)
     commons = [sources / f"{stem}-common", sources / stem]

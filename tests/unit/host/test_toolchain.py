@@ -54,6 +54,19 @@ def test_newest_installed_headers_serve_another_kernel(tmp_path, names, merged):
     assert [path.name for path in found.trees] == [f"linux-headers-{name}" for name in merged]
 
 
+def test_headers_of_an_image_serve_where_the_node_has_none(tmp_path):
+    """The node's own, mounted over the image's /usr/src, come first."""
+    brought = tree(tmp_path / "usr/local/src/linux-headers-6.1.0-56-image")
+
+    found = toolchain.find_headers(tmp_path, "0.0.0")
+    installed = tree(tmp_path / "usr/src/linux-headers-5.10.0-9-amd64")
+    found_later = toolchain.find_headers(tmp_path, "0.0.0")
+
+    assert found is not None
+    assert found_later is not None
+    assert (found.trees, found_later.trees) == ((brought,), (installed,))
+
+
 def test_broken_build_link_does_not_count_as_headers(tmp_path):
     """Removing the header package leaves the link of the kernel package dangling."""
     modules = tmp_path / "lib/modules/6.1.0-9"
