@@ -1,63 +1,13 @@
-"""Servers on ports of their own, and a client that says what came back."""
+"""Servers that lose patience soon."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import socket
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from ebpf_svc.health.server import HttpServer
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def get(port: int, path: str = "/", *, address: str = "127.0.0.1", method: str = "GET") -> Reply:
-    """Ask once, as any client would."""
-    connection = http.client.HTTPConnection(address, port, timeout=5)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return Reply(response.status, dict(response.getheaders()), response.read())
-    finally:
-        connection.close()
-
-
-def refuses(port: int, address: str = "127.0.0.1") -> bool:
-    """Whether nothing listens there."""
-    try:
-        socket.create_connection((address, port), timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """Ports nobody listens on in either family, each given once."""
-    given: set[int] = set()
-
-    def find() -> int:
-        while True:
-            with socket.socket(socket.AF_INET6) as probe:
-                probe.bind(("::", 0))
-                port: int = probe.getsockname()[1]
-            if port not in given:
-                given.add(port)
-                return port
-
-    return find
 
 
 @pytest.fixture

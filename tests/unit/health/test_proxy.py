@@ -29,11 +29,10 @@ from tests.lib.builders import (
     make_snapshot,
     ready,
 )
+from tests.lib.http import free_port, get, refuses
 from tests.lib.waiting import eventually
-from tests.unit.health.conftest import get, refuses
 
 SNAPSHOT = make_snapshot()
-FreePort = Callable[[], int]
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Rig:
 
 
 @pytest.fixture
-def port(free_port: FreePort) -> int:
+def port() -> int:
     return free_port()
 
 
@@ -124,7 +123,7 @@ def test_one_bad_service_does_not_make_the_node_unhealthy(rig: Rig, port: int) -
     assert get(port, "/healthz").status == 200
 
 
-def test_bad_service_fails_its_own_check(rig: Rig, free_port: FreePort) -> None:
+def test_bad_service_fails_its_own_check(rig: Rig) -> None:
     """What could not be written in IPv4 is not served in IPv4 (H5)."""
     port = free_port()
     service = make_service(
@@ -158,7 +157,7 @@ def test_node_that_goes_away_fails_healthz_alone(rig: Rig, port: int) -> None:
     assert get(port, "/healthz").status == 200
 
 
-def test_service_checks_ignore_the_node_but_not_the_proxy(rig: Rig, free_port: FreePort) -> None:
+def test_service_checks_ignore_the_node_but_not_the_proxy(rig: Rig) -> None:
     """A node that goes away still answers for its endpoints (N6); a proxy that hangs not (H5)."""
     port = free_port()
     check = HealthCheck(make_service("shop/web").name, Family.V4, port, ("127.0.0.1",), 1)

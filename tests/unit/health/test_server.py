@@ -13,11 +13,10 @@ import pytest
 
 from ebpf_svc.health.http import Request, Response, text_response
 from ebpf_svc.health.server import HttpServer, Site
+from tests.lib.http import free_port, get, refuses
 from tests.lib.waiting import eventually, wait_out
-from tests.unit.health.conftest import get, refuses
 
 MakeServer = Callable[..., HttpServer]
-FreePort = Callable[[], int]
 
 
 def hello(request: Request) -> Response:
@@ -41,7 +40,7 @@ def is_cut(client: socket.socket) -> bool:
         return True
 
 
-def test_every_address_answers_and_only_those(make_server: MakeServer, free_port: FreePort) -> None:
+def test_every_address_answers_and_only_those(make_server: MakeServer) -> None:
     """Both families side by side on one port; another port is not opened."""
     port = free_port()
     serving(make_server(), port, "127.0.0.1", "::1")
@@ -50,9 +49,7 @@ def test_every_address_answers_and_only_those(make_server: MakeServer, free_port
     assert refuses(free_port())
 
 
-def test_wildcard_of_one_family_leaves_the_other_free(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_wildcard_of_one_family_leaves_the_other_free(make_server: MakeServer) -> None:
     """`::` alone does not take IPv4 along (H1)."""
     port = free_port()
     serving(make_server(), port, "0.0.0.0")
@@ -64,7 +61,7 @@ def test_wildcard_of_one_family_leaves_the_other_free(
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE"])
-def test_any_method_is_answered(make_server: MakeServer, free_port: FreePort, method: str) -> None:
+def test_any_method_is_answered(make_server: MakeServer, method: str) -> None:
     """A prober may use what it likes (H3)."""
     port = free_port()
     serving(make_server(), port)
@@ -72,7 +69,7 @@ def test_any_method_is_answered(make_server: MakeServer, free_port: FreePort, me
     assert get(port, "/x", method=method).body.decode() == expected
 
 
-def test_request_byte_by_byte_is_answered(make_server: MakeServer, free_port: FreePort) -> None:
+def test_request_byte_by_byte_is_answered(make_server: MakeServer) -> None:
     """A request may come in pieces."""
     port = free_port()
     serving(make_server(), port)
@@ -83,9 +80,7 @@ def test_request_byte_by_byte_is_answered(make_server: MakeServer, free_port: Fr
         assert b"GET /slow" in b"".join(iter(lambda: client.recv(4096), b""))
 
 
-def test_silent_client_is_cut_and_holds_up_nobody(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_silent_client_is_cut_and_holds_up_nobody(make_server: MakeServer) -> None:
     """One that connects and says nothing costs nobody else any time."""
     port = free_port()
     serving(make_server(read_s=0.4), port)
@@ -98,7 +93,7 @@ def test_silent_client_is_cut_and_holds_up_nobody(
         assert 0.3 < time.monotonic() - began < 1.5
 
 
-def test_client_that_does_not_read_is_cut(make_server: MakeServer, free_port: FreePort) -> None:
+def test_client_that_does_not_read_is_cut(make_server: MakeServer) -> None:
     """A big answer nobody takes is given up; others are answered meanwhile."""
     port, page = free_port(), bytes(20_000_000)
     server = make_server(write_s=0.4)
@@ -124,9 +119,7 @@ def test_client_that_does_not_read_is_cut(make_server: MakeServer, free_port: Fr
         assert received < len(page)
 
 
-def test_many_silent_clients_leave_room_for_an_honest_one(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_many_silent_clients_leave_room_for_an_honest_one(make_server: MakeServer) -> None:
     """When connections run out the oldest that only waits goes."""
     port = free_port()
     serving(make_server(read_s=30.0, connections_max=20), port)
@@ -139,9 +132,7 @@ def test_many_silent_clients_leave_room_for_an_honest_one(
             client.close()
 
 
-def test_many_clients_at_once_are_all_answered(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_many_clients_at_once_are_all_answered(make_server: MakeServer) -> None:
     """A hundred probers in the same moment."""
     port = free_port()
     serving(make_server(), port)
@@ -156,9 +147,7 @@ def test_many_clients_at_once_are_all_answered(
     assert replies == [200] * 100
 
 
-def test_body_sent_with_the_request_does_not_reset_the_answer(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_body_sent_with_the_request_does_not_reset_the_answer(make_server: MakeServer) -> None:
     """A client that sends more than is read still gets its answer."""
     port = free_port()
     serving(make_server(), port)
@@ -168,7 +157,7 @@ def test_body_sent_with_the_request_does_not_reset_the_answer(
         assert b"POST /up" in b"".join(iter(lambda: client.recv(4096), b""))
 
 
-def test_nonsense_is_answered_with_an_error(make_server: MakeServer, free_port: FreePort) -> None:
+def test_nonsense_is_answered_with_an_error(make_server: MakeServer) -> None:
     """A TLS client learns at once that nobody speaks TLS here."""
     port = free_port()
     serving(make_server(), port)
@@ -178,9 +167,7 @@ def test_nonsense_is_answered_with_an_error(make_server: MakeServer, free_port: 
         assert client.recv(64).startswith(b"HTTP/1.1 400 ")
 
 
-def test_broken_page_is_an_error_and_the_others_go_on(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_broken_page_is_an_error_and_the_others_go_on(make_server: MakeServer) -> None:
     """A bug behind one page is a 500, not the end of the server."""
 
     def broken(_: Request) -> Response:
@@ -197,9 +184,7 @@ def test_broken_page_is_an_error_and_the_others_go_on(
     assert get(one).status == HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def test_taken_port_is_told_once_and_had_when_free(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_taken_port_is_told_once_and_had_when_free(make_server: MakeServer) -> None:
     """A port someone else has is tried again until it can be had (HS8)."""
     port, failures = free_port(), []
     with socket.socket() as squatter:
@@ -223,7 +208,7 @@ def test_taken_port_is_told_once_and_had_when_free(
     assert failures == [(f"127.0.0.1:{port}", errno.EADDRINUSE)]
 
 
-def test_retry_need_not_wait_for_the_pause(make_server: MakeServer, free_port: FreePort) -> None:
+def test_retry_need_not_wait_for_the_pause(make_server: MakeServer) -> None:
     """Whoever has a reason to try again can (H7)."""
     port = free_port()
     squatter = socket.create_server(("127.0.0.1", port))
@@ -237,16 +222,14 @@ def test_retry_need_not_wait_for_the_pause(make_server: MakeServer, free_port: F
     eventually(lambda: not refuses(port))
 
 
-def test_address_the_machine_lacks_hurts_no_other(
-    make_server: MakeServer, free_port: FreePort
-) -> None:
+def test_address_the_machine_lacks_hurts_no_other(make_server: MakeServer) -> None:
     """What can be had is served, the rest is waited for."""
     port = free_port()
     serving(make_server(), port, "203.0.113.99", "127.0.0.1")
     assert get(port).status == 200
 
 
-def test_port_moves_from_one_owner_to_another(make_server: MakeServer, free_port: FreePort) -> None:
+def test_port_moves_from_one_owner_to_another(make_server: MakeServer) -> None:
     """Closing comes before opening, so that nobody finds its port taken by our own past."""
     port, failures = free_port(), []
     server = make_server(retry_s=60.0)
@@ -265,7 +248,7 @@ def test_port_moves_from_one_owner_to_another(make_server: MakeServer, free_port
     assert failures == []
 
 
-def test_dropped_site_is_refused(make_server: MakeServer, free_port: FreePort) -> None:
+def test_dropped_site_is_refused(make_server: MakeServer) -> None:
     """What is not wanted any more is not listened on."""
     port = free_port()
     server = serving(make_server(), port)
@@ -273,7 +256,7 @@ def test_dropped_site_is_refused(make_server: MakeServer, free_port: FreePort) -
     eventually(lambda: refuses(port))
 
 
-def test_stop_gives_every_port_back_at_once(make_server: MakeServer, free_port: FreePort) -> None:
+def test_stop_gives_every_port_back_at_once(make_server: MakeServer) -> None:
     """The next agent can listen right away, even while clients hang on."""
     port = free_port()
     server = serving(make_server(read_s=30.0), port)

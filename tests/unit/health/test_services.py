@@ -13,13 +13,11 @@ from ebpf_svc.health.services import ServiceHealth
 from ebpf_svc.model.desired import HealthCheck
 from ebpf_svc.model.net import Family
 from ebpf_svc.model.service import ServiceName
+from tests.lib.http import free_port, get, refuses
 from tests.lib.waiting import eventually
-from tests.unit.health.conftest import get, refuses
 
 V4, V6 = Family.V4, Family.V6
 WEB, API = ServiceName("shop", "web"), ServiceName("shop", "api")
-
-FreePort = Callable[[], int]
 
 
 @dataclass
@@ -67,7 +65,7 @@ def rig(make_server: Callable[..., HttpServer]) -> Rig:
     return Rig(make_server(retry_s=60.0))
 
 
-def test_answer_has_the_headers_and_body_of_kube_proxy(rig: Rig, free_port: FreePort) -> None:
+def test_answer_has_the_headers_and_body_of_kube_proxy(rig: Rig) -> None:
     """Any path, any method: type, weight and the four fields (H3, H4)."""
     port = free_port()
     rig.sync(check(port, 3))
@@ -89,7 +87,7 @@ def test_answer_has_the_headers_and_body_of_kube_proxy(rig: Rig, free_port: Free
     [(1, True, 200), (0, True, 503), (1, False, 503), (0, False, 503)],
 )
 def test_status_needs_endpoints_and_a_healthy_proxy(
-    rig: Rig, free_port: FreePort, count: int, is_healthy: bool, status: int
+    rig: Rig, count: int, is_healthy: bool, status: int
 ) -> None:
     """200 if and only if there are local endpoints and the proxy is healthy (H5)."""
     port = free_port()
@@ -99,7 +97,7 @@ def test_status_needs_endpoints_and_a_healthy_proxy(
     assert (reply.status, reply.json["serviceProxyHealthy"]) == (status, is_healthy)
 
 
-def test_each_family_has_its_own_count(rig: Rig, free_port: FreePort) -> None:
+def test_each_family_has_its_own_count(rig: Rig) -> None:
     """One listener a family, each with what is local in it (H1)."""
     port = free_port()
     rig.sync(check(port, 2, family=V4, at=("0.0.0.0",)), check(port, 0, family=V6, at=("::",)))
@@ -107,7 +105,7 @@ def test_each_family_has_its_own_count(rig: Rig, free_port: FreePort) -> None:
     assert get(port, address="::1").status == 503
 
 
-def test_only_selected_addresses_listen(rig: Rig, free_port: FreePort) -> None:
+def test_only_selected_addresses_listen(rig: Rig) -> None:
     """Where nodePortAddresses selects some, the others refuse (H1, digest row 25)."""
     port = free_port()
     rig.sync(check(port, at=("127.0.0.2", "127.0.0.3")))
@@ -116,7 +114,7 @@ def test_only_selected_addresses_listen(rig: Rig, free_port: FreePort) -> None:
     assert refuses(port, "127.0.0.1")
 
 
-def test_count_follows_each_sync(rig: Rig, free_port: FreePort) -> None:
+def test_count_follows_each_sync(rig: Rig) -> None:
     """The connection that was open goes on, the answer is today's (H7)."""
     port = free_port()
     rig.sync(check(port, 1))
@@ -126,7 +124,7 @@ def test_count_follows_each_sync(rig: Rig, free_port: FreePort) -> None:
     assert get(port).json["localEndpoints"] == 5
 
 
-def test_changed_port_closes_the_old_one(rig: Rig, free_port: FreePort) -> None:
+def test_changed_port_closes_the_old_one(rig: Rig) -> None:
     """Close and open anew (H7)."""
     old, new = free_port(), free_port()
     rig.sync(check(old))
@@ -135,7 +133,7 @@ def test_changed_port_closes_the_old_one(rig: Rig, free_port: FreePort) -> None:
     assert get(new).status == 200
 
 
-def test_services_not_in_the_set_are_closed(rig: Rig, free_port: FreePort) -> None:
+def test_services_not_in_the_set_are_closed(rig: Rig) -> None:
     """A Service that went leaves no open port; the others stay (H8)."""
     one, other = free_port(), free_port()
     rig.sync(check(one), check(other, of=API))
@@ -144,7 +142,7 @@ def test_services_not_in_the_set_are_closed(rig: Rig, free_port: FreePort) -> No
     assert get(other).json["service"]["name"] == "api"
 
 
-def test_taken_port_is_reported_and_tried_with_the_next_sync(rig: Rig, free_port: FreePort) -> None:
+def test_taken_port_is_reported_and_tried_with_the_next_sync(rig: Rig) -> None:
     """An Event for the Service, then again with every sync until it works (H7)."""
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):
@@ -160,7 +158,7 @@ def test_taken_port_is_reported_and_tried_with_the_next_sync(rig: Rig, free_port
     assert not rig.failures
 
 
-def test_two_services_with_one_port_are_told_apart(rig: Rig, free_port: FreePort) -> None:
+def test_two_services_with_one_port_are_told_apart(rig: Rig) -> None:
     """One has it, the other is reported (H7)."""
     port = free_port()
     rig.sync(check(port), check(port, of=API))
@@ -169,7 +167,7 @@ def test_two_services_with_one_port_are_told_apart(rig: Rig, free_port: FreePort
     assert get(port).json["service"]["name"] == "web"
 
 
-def test_request_under_way_when_its_service_goes_is_a_503(rig: Rig, free_port: FreePort) -> None:
+def test_request_under_way_when_its_service_goes_is_a_503(rig: Rig) -> None:
     """Kube-proxy may answer an empty 200 here; a balancer would send traffic (HS10)."""
     port = free_port()
     rig.sync(check(port, 4))
@@ -187,7 +185,7 @@ def test_request_under_way_when_its_service_goes_is_a_503(rig: Rig, free_port: F
     assert "X-Load-Balancing-Endpoint-Weight: 0" in answer
 
 
-def test_service_the_kernel_was_not_told_of_fails_its_check(rig: Rig, free_port: FreePort) -> None:
+def test_service_the_kernel_was_not_told_of_fails_its_check(rig: Rig) -> None:
     """Its balancer goes elsewhere; other Services' do not (H5)."""
     one, other = free_port(), free_port()
     rig.sync(check(one), check(other, of=API), failing=((WEB, V4),))
