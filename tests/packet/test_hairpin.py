@@ -82,6 +82,15 @@ def test_answer_to_nobody_at_the_hairpin_address_is_dropped(world: World) -> Non
     assert world.drops() == {Drop.DISCARDED: 1}
 
 
+def test_answer_to_the_hairpin_address_of_another_kind_of_flow_is_dropped(world: World) -> None:
+    """Masqueraded to itself, a backend answers to the node: its own port proves nothing."""
+    backend, node_port = (world.net.a, 8080), (world.net.node, 30080)
+    world.service(*node_port, backends=[backend])
+    world.run("node_ingress", world.tcp((world.net.a, 40000), node_port))
+    stray = world.tcp(backend, (world.net.hairpin, 40000), "SA")
+    world.run("pod_ingress", stray).expect_dropped()
+
+
 def test_packet_from_elsewhere_to_the_hairpin_address_is_none_of_ours(world: World) -> None:
     """Only at a pod's device does the address mean anything: nobody from outside gets in by it."""
     pod, vip, backend = (world.net.a, 40000), (world.net.vip, 80), (world.net.a, 8080)
