@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebpf_svc.log import get_logger
-from ebpf_svc.watch.kube import resources
+from ebpf_svc.watch.kube import resources, sinks
 from ebpf_svc.watch.kube.connection import ApiServer
 from ebpf_svc.watch.kube.ledger import Ledger
 from ebpf_svc.watch.kube.outage import Outage
@@ -44,11 +44,11 @@ class KubernetesSource:
         shared = Shared(self._server, Outage(settings.retry_max_s), Ledger(store), settings)
         ours = settings.service_proxy_name
         self._reflectors: Mapping[str, Reflector[Any, Any]] = {
-            "Node": Reflector(resources.node(store.node_name), resources.NodeSink(store), shared),
-            "Service": Reflector(resources.services(ours), resources.ServiceSink(store), shared),
-            "EndpointSlice": Reflector(resources.slices(), resources.SliceSink(store), shared),
+            "Node": Reflector(resources.node(store.node_name), sinks.NodeSink(store), shared),
+            "Service": Reflector(resources.services(ours), sinks.ServiceSink(store), shared),
+            "EndpointSlice": Reflector(resources.slices(), sinks.SliceSink(store), shared),
             "ServiceCIDR": Reflector(
-                resources.service_cidrs(), resources.ServiceCidrSink(store), shared
+                resources.service_cidrs(), sinks.ServiceCidrSink(store), shared
             ),
         }
         self._patience = threading.Timer(settings.node_wait_s, self._give_up_on_node)

@@ -24,7 +24,7 @@ from ebpf_svc.model.snapshot import NodeFacts
 from ebpf_svc.watch import raw
 from ebpf_svc.watch.faults import Faults, parse_address
 from ebpf_svc.watch.kube import wire
-from ebpf_svc.watch.service import DEFAULT_AFFINITY_S
+from ebpf_svc.watch.service import DEFAULT_AFFINITY_S, MAX_AFFINITY_S
 
 TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
 
@@ -49,10 +49,12 @@ def service_of(item: wire.Service, faults: Faults) -> Service:
         external_ips=_addresses("spec.externalIPs", spec.get("externalIPs") or (), faults),
         load_balancer_ips=_load_balancer_ips(item, faults),
         source_ranges=_source_ranges(spec.get("loadBalancerSourceRanges") or (), faults),
-        affinity_s=_affinity_s(spec),
+        affinity_s=_affinity_s(spec, faults),
         internal_policy=_policy(spec.get("internalTrafficPolicy")),
         external_policy=_policy(spec.get("externalTrafficPolicy")),
-        health_check_node_port=spec.get("healthCheckNodePort") or 0,
+        health_check_node_port=_port(
+            "spec.healthCheckNodePort", spec.get("healthCheckNodePort"), faults
+        ),
     )
 
 
@@ -66,7 +68,16 @@ def _service_ports(entries: Iterable[wire.ServicePort], faults: Faults) -> Itera
             faults.port(f"spec.ports[{i}].port", port)
         else:
             name = sys.intern(entry.get("name") or "")
-            yield ServicePort(name, protocol, port, entry.get("nodePort") or 0)
+            node_port = _port(f"spec.ports[{i}].nodePort", entry.get("nodePort"), faults)
+            yield ServicePort(name, protocol, port, node_port)
+
+
+def _port(field: str, number: int | None, faults: Faults) -> int:
+    """A port number that may be left out; 0 = none."""
+    if number and not 0 < number < 65536:
+        faults.port(field, number)
+        return 0
+    return number or 0
 
 
 def _cluster_ips(spec: wire.ServiceSpec, type_: ServiceType, faults: Faults) -> tuple[str, ...]:
@@ -116,11 +127,16 @@ def _source_ranges(texts: Iterable[str], faults: Faults) -> tuple[str, ...]:
     return tuple(dict.fromkeys(prefix for prefix in prefixes if prefix))
 
 
-def _affinity_s(spec: wire.ServiceSpec) -> int:
+def _affinity_s(spec: wire.ServiceSpec, faults: Faults) -> int:
     if spec.get("sessionAffinity") != "ClientIP":
         return 0
     config = (spec.get("sessionAffinityConfig") or {}).get("clientIP") or {}
-    return config.get("timeoutSeconds") or DEFAULT_AFFINITY_S
+    timeout_s = config.get("timeoutSeconds") or DEFAULT_AFFINITY_S
+    if 0 < timeout_s <= MAX_AFFINITY_S:
+        return timeout_s
+    field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+    faults.invalid(field, timeout_s, f"must be greater than 0 and less than {MAX_AFFINITY_S}")
+    return DEFAULT_AFFINITY_S
 
 
 def _policy(word: str | None) -> TrafficPolicy:
@@ -154,13 +170,12 @@ def _slice_ports(entries: Iterable[raw.EndpointPort], faults: Faults) -> tuple[E
     """Ports that have a name and a number (E3)."""
     found = []
     for i, entry in enumerate(entries):
-        name, number = entry.get("name"), entry.get("port")
-        protocol = entry.get("protocol") or "TCP"
+        name, protocol = entry.get("name"), entry.get("protocol") or "TCP"
         if name is None:
             faults.required(f"ports[{i}].name")
         elif protocol not in _PROTOCOLS:
             faults.supported(f"ports[{i}].protocol", protocol, _PROTOCOLS)
-        elif number:
+        elif number := _port(f"ports[{i}].port", entry.get("port"), faults):
             found.append((name, protocol, number))
     return _shared_ports(tuple(found))
 
@@ -218,7 +233,7 @@ def _trigger_time_s(meta: wire.Meta) -> float:
     text = annotations.get("endpoints.kubernetes.io/last-change-trigger-time")
     try:
         return datetime.fromisoformat(text).timestamp() if text else 0.0
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from ebpf_svc.errors import WatchError
 from ebpf_svc.log import get_logger
@@ -32,6 +32,7 @@ from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Silent, Unrea
 from ebpf_svc.watch.kube.ledger import Ledger
 from ebpf_svc.watch.kube.outage import JITTER, Outage
 from ebpf_svc.watch.kube.settings import KubernetesSettings
+from ebpf_svc.watch.kube.sinks import Sink
 
 log = get_logger(__name__)
 
@@ -50,22 +51,6 @@ _RESUMABLE = frozenset({401, 403, 429, 500, 502, 503})
 
 ItemT = TypeVar("ItemT", bound=wire.Object)
 ValueT = TypeVar("ValueT")
-
-
-class Sink(Protocol[ValueT]):
-    """Where objects go."""
-
-    def get(self, key: Key) -> ValueT | None:
-        """The value there is, if any."""
-
-    def replace(self, values: Mapping[Key, ValueT]) -> None:
-        """Take these for all there are."""
-
-    def put(self, key: Key, value: ValueT) -> None:
-        """Add or replace one."""
-
-    def delete(self, key: Key) -> None:
-        """Forget one; unknown ones are none."""
 
 
 @dataclass
@@ -185,7 +170,7 @@ class Reflector(Generic[ItemT, ValueT]):
             query = {
                 "limit": str(self._page_size or ""),
                 "continue": token,
-                "resourceVersion": "0" if at_hand else "",
+                "resourceVersion": "0" if at_hand and not token else "",
             }
             meta, readings = read_page(self._resource, self._ask(query, packed=True).read())
             for reading in readings:

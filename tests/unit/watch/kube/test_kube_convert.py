@@ -129,6 +129,20 @@ def test_service_spec_means_what_kube_proxy_reads(spec: dict[str, Any], expected
         ),
         ({"ports": [{"port": 80, "name": "p80"}, {"port": 0}]}, {}, "spec.ports[1].port"),
         (
+            {"ports": [{"port": 80, "name": "p80", "nodePort": 70000}]},
+            {},
+            "spec.ports[0].nodePort",
+        ),
+        ({"healthCheckNodePort": -1}, {}, "spec.healthCheckNodePort"),
+        (
+            {
+                "sessionAffinity": "ClientIP",
+                "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 10**10}},
+            },
+            {"affinity_s": 10800},
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+        ),
+        (
             {"clusterIPs": ["10.96.0.10", "10.96.0.11"], "ipFamilies": ["IPv4", "IPv6"]},
             {},
             "spec.clusterIPs[1]",
@@ -192,6 +206,7 @@ def test_slice_of_names_is_refused() -> None:
         ([{"name": None, "port": 1}], None, "ports[0].name"),
         ([{"name": "a"}], None, None),
         ([{"name": "a", "port": 0}], None, None),
+        ([{"name": "a", "port": 65536}], None, "ports[0].port"),
         ([{"name": "a", "port": 1, "protocol": "QUIC"}], None, "ports[0].protocol"),
     ],
 )
@@ -269,16 +284,20 @@ def test_node_and_hints_of_an_endpoint() -> None:
         ("2026-01-01T00:00:00.123456789Z", 1767225600.123456),
         ("2026-01-01T01:00:00+01:00", 1767225600.0),
         ("yesterday", 0.0),
+        ("0001-01-01T00:00:00", 0.0),
+        ("9999-12-31T23:59:59", pytest.approx(253402300799, abs=90000)),
         ("", 0.0),
     ],
 )
-def test_trigger_time_is_seconds_since_the_epoch(text: str, expected: float) -> None:
+def test_trigger_time_is_seconds_since_the_epoch(text: str, expected: Any) -> None:
     """E10: RFC 3339, nanoseconds and all; unreadable = not given."""
     item = api.endpoint_slice("shop/web-a", "10.0.0.1")
     item["metadata"]["annotations"] = {"endpoints.kubernetes.io/last-change-trigger-time": text}
     found, _ = convert_slice(item)
     assert found is not None
-    assert found.trigger_time_s == pytest.approx(expected, abs=1e-6)
+    if isinstance(expected, float):
+        expected = pytest.approx(expected, abs=1e-6)
+    assert found.trigger_time_s == expected
 
 
 def test_slices_share_what_they_have_in_common() -> None:
