@@ -19,6 +19,7 @@ COMMANDS = {
     "show": "ebpf_svc.cli.show",
     "cleanup": "ebpf_svc.cli.cleanup",
     "config": "ebpf_svc.cli.config",
+    "migrate": "ebpf_svc.cli.migrate",
     "bench": "ebpf_svc.cli.bench",
 }
 """Command -> its module, which holds it as `command`; in the order a newcomer meets them."""

@@ -1,0 +1,268 @@
+"""Find a kube-proxy of this network namespace: one that runs, and what one left behind.
+
+Names of its chains are in `migrate.rules`; here is what costs next to nothing to look for, so that
+the agent can say at its start beside whom it starts, and what is not iptables.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebpf_svc.errors import CommandError, DataplaneError
+from ebpf_svc.host import iptables
+from ebpf_svc.host.command import run
+from ebpf_svc.model.net import Family
+
+HEALTH_PORT, METRICS_PORT = 10256, 10249
+MODES = ("iptables", "ipvs", "nftables")
+"""What kube-proxy says at /proxyMode (HS7)."""
+ANSWER_S = 1.0
+NFT_TABLES = ("ip kube-proxy", "ip6 kube-proxy")
+LINK = "kube-ipvs0"
+CANARY = "KUBE-PROXY-CANARY"
+_SETS = (
+    *("LOOP-BACK", "CLUSTER-IP", "EXTERNAL-IP", "EXTERNAL-IP-LOCAL", "LOAD-BALANCER"),
+    *("LOAD-BALANCER-LOCAL", "LOAD-BALANCER-FW", "LOAD-BALANCER-SOURCE-CIDR"),
+    *("LOAD-BALANCER-SOURCE-IP", "NODE-PORT-TCP", "NODE-PORT-UDP", "NODE-PORT-LOCAL-TCP"),
+    *("NODE-PORT-LOCAL-UDP", "NODE-PORT-SCTP-HASH", "NODE-PORT-LOCAL-SCTP-HASH"),
+    *("HEALTH-CHECK-NODE-PORT", "IPVS-IPS"),
+)
+_SET_NAME_MAX = 31
+IPSETS = tuple(
+    f"{prefix}{name}"[:_SET_NAME_MAX] for prefix in ("KUBE-", "KUBE-6-") for name in _SETS
+)
+"""Sets of ipvs mode (V13)."""
+STOP_IT = (
+    "kubectl -n kube-system patch daemonset kube-proxy --type merge -p "
+    """'{"spec":{"template":{"spec":{"nodeSelector":{"ebpf-svc.io/no-kube-proxy":"true"}}}}}'"""
+)
+"""Takes kube-proxy off every node and keeps its DaemonSet, for the way back."""
+
+_LISTEN = "0A"
+_SERVICE_ADDRESS = re.compile(r"([0-9a-f.:]+) \. (tcp|udp|sctp) \. (\d+)")
+_SERVICE_NODE_PORT = re.compile(r"(tcp|udp|sctp) \. (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Something by which a running kube-proxy is known."""
+
+    what: str
+    """`process` or `port 10256`."""
+    detail: str
+    pid: int | None = None
+
+
+def running(own_pid: int | None = None) -> tuple[Sign, ...]:
+    """Signs of a kube-proxy that runs in this network namespace; empty when there is none.
+
+    Args:
+        own_pid: our agent, which may hold kube-proxy's ports by now; None = none runs.
+    """
+    signs = [Sign("process", f"pid {pid} in this network namespace", pid) for pid in _processes()]
+    if answers(HEALTH_PORT):
+        pid = _listener(HEALTH_PORT)
+        if pid is not None:
+            is_ours = pid == own_pid or "ebpf" in _command(pid)
+            who = f"pid {pid} ({_command(pid)}) answers"
+        else:
+            # No process to be seen, as in a container of its own: ask for the mode, which we never
+            # call by kube-proxy's words.
+            mode = _proxy_mode()
+            is_ours = mode not in ("", *MODES) or (own_pid is not None and not mode)
+            who = f"a kube-proxy in mode {mode} answers" if mode else "answers as kube-proxy does"
+        if not is_ours:
+            signs.append(Sign(f"port {HEALTH_PORT}", who, pid))
+    return tuple(signs)
+
+
+def answers(port: int) -> bool:
+    """Whether that local port answers /healthz the way kube-proxy does (HS2)."""
+    try:
+        said = json.loads(_get(port, "/healthz"))
+    except ValueError:
+        return False
+    return isinstance(said, dict) and {"lastUpdated", "currentTime"} <= said.keys()
+
+
+def _proxy_mode() -> str:
+    """What the metrics port calls its mode; empty when nobody answers."""
+    said = _get(METRICS_PORT, "/proxyMode").strip()
+    return said if said.isidentifier() else ""
+
+
+def _get(port: int, path: str) -> str:
+    """The body of an answer, whatever its status; empty when nobody answers."""
+    for host in ("127.0.0.1", "::1"):
+        connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read(65_536).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            continue
+        finally:
+            connection.close()
+    return ""
+
+
+def _processes() -> Iterator[int]:
+    """Processes called kube-proxy that share our network namespace: kind's nodes have others."""
+    ours = Path("/proc/thread-self/ns/net").stat().st_ino
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with suppress(OSError):  # it has ended
+            if (folder / "comm").read_text().strip() != "kube-proxy":
+                continue
+            if (folder / "ns/net").stat().st_ino == ours:
+                yield int(folder.name)
+
+
+def _listener(port: int) -> int | None:
+    """The process that listens on a TCP port; None when it cannot be seen from here."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path("/proc/thread-self/net", name).read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == _LISTEN and int(words[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{words[9]}]")
+    for folder in Path("/proc").iterdir():
+        if not inodes or not folder.name.isdigit():
+            continue
+        with suppress(OSError):
+            for link in (folder / "fd").iterdir():
+                with suppress(OSError):
+                    if str(link.readlink()) in inodes:
+                        return int(folder.name)
+    return None
+
+
+def _command(pid: int) -> str:
+    """The start of a process's command line."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    return " ".join(words).strip()[:80]
+
+
+def nft_tables() -> tuple[str, ...]:
+    """kube-proxy's tables of nftables mode (X2) that are there."""
+    if not shutil.which("nft"):
+        return ()
+    listed = run(["nft", "list", "tables"]).splitlines()
+    return tuple(table for table in NFT_TABLES if f"table {table}" in listed)
+
+
+def remove_nft_tables() -> None:
+    """Remove both tables in one transaction, whether there or not (Z7); raises CommandError."""
+    lines = [f"{verb} table {table}\n" for table in NFT_TABLES for verb in ("add", "delete")]
+    run(["nft", "-f", "-"], input="".join(lines))
+
+
+def nft_services(table: str) -> set[tuple[str, int, str]]:
+    """(address, port, protocol) a table serves or refuses (X6); node ports have no address."""
+    found: set[tuple[str, int, str]] = set()
+    for name in ("service-ips", "no-endpoint-services"):
+        matches = _SERVICE_ADDRESS.finditer(_map(table, name))
+        found |= {(match[1], int(match[3]), match[2].upper()) for match in matches}
+    for name in ("service-nodeports", "no-endpoint-nodeports"):
+        matches = _SERVICE_NODE_PORT.finditer(_map(table, name))
+        found |= {("", int(match[2]), match[1].upper()) for match in matches}
+    return found
+
+
+def _map(table: str, name: str) -> str:
+    """A map as nft prints it; empty when there is none, as before kube-proxy's first sync."""
+    try:
+        return run(["nft", "list", "map", *table.split(), name], timeout_s=iptables.TIMEOUT_S)
+    except CommandError:
+        return ""
+
+
+def link_addresses() -> tuple[str, ...] | None:
+    """Addresses on kube-ipvs0 (V4); None when there is no such device."""
+    from pyroute2 import IPRoute  # noqa: PLC0415  # only who asks pays for it
+
+    with IPRoute() as ip:
+        found = ip.link_lookup(ifname=LINK)
+        if not found:
+            return None
+        entries = ip.get_addr(index=found[0])
+        return tuple(str(entry.get_attr("IFA_ADDRESS")) for entry in entries)
+
+
+def remove_link() -> None:
+    """Remove kube-ipvs0 with its addresses; fine when it is gone. Raises DataplaneError."""
+    from pyroute2 import IPRoute  # noqa: PLC0415
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+
+    with IPRoute() as ip:
+        for index in ip.link_lookup(ifname=LINK):
+            try:
+                ip.link("del", index=index)
+            except NetlinkError as error:
+                raise DataplaneError(f"link {LINK}: {error}") from error
+
+
+def ipsets() -> tuple[str, ...]:
+    """kube-proxy's sets that are there; empty where the kernel has none at all."""
+    from pyroute2.ipset import IPSet, IPSetError  # noqa: PLC0415
+
+    found = []
+    with suppress(OSError, IPSetError), IPSet() as sets:
+        for name in IPSETS:
+            with suppress(IPSetError):
+                list(sets.headers(name))
+                found.append(name)
+    return tuple(found)
+
+
+def remove_ipsets(names: Iterable[str]) -> None:
+    """Remove sets; fine when they are gone.
+
+    Raises:
+        DataplaneError: some are used by somebody's rules; the others were removed.
+    """
+    from pyroute2.ipset import IPSet, IPSetError  # noqa: PLC0415
+
+    stuck = []
+    with IPSet() as sets:
+        for name in names:
+            try:
+                sets.destroy(name)
+            except IPSetError as error:
+                if error.code != errno.ENOENT:
+                    stuck.append(f"{name} ({os.strerror(error.code)})")
+    if stuck:
+        raise DataplaneError(f"ipsets {', '.join(stuck)}")
+
+
+def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
+    """What betrays rules of a kube-proxy, in words; cheap, however many services it had.
+
+    iptables rules are known by the canary chain (I24), which stands in the smallest table.
+    """
+    found = []
+    with suppress(DataplaneError):
+        found += [f"nft table {table}" for table in nft_tables()]
+    with suppress(OSError):
+        socket.if_nametoindex(LINK)
+        found.append(f"device {LINK}")
+    for variant in iptables.variants(families):
+        with suppress(DataplaneError):
+            mangle = variant.save("mangle").get("mangle")
+            if mangle and CANARY in mangle.chains:
+                found.append(f"chain {CANARY} and others ({variant})")
+    return tuple(found)

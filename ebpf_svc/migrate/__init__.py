@@ -1,0 +1,1 @@
+"""Taking kube-proxy's place on a running node, and giving it back."""
