@@ -195,11 +195,11 @@ def test_deletion_of_the_unknown_is_nothing(server: MockApiServer) -> None:
 
 def test_nothing_but_bookmarks_is_peace(server: MockApiServer) -> None:
     """A quiet cluster: no event, no request, no change."""
-    with settled(server, silence_s=0.2) as seen:
+    with settled(server, silence_s=0.8) as seen:
         before, asked = seen.now, len(server.requests)
-        for _ in range(8):
+        for _ in range(10):
             server.bookmark()
-            wait_out(0.04)
+            wait_out(0.1)
         assert seen.now is before
         assert [r.path for r in server.requests[asked:]] == []
 
