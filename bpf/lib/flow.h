@@ -140,9 +140,10 @@ static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u
 /* The client is about to talk to an endpoint in a new way, directly or through
  * another frontend. Flows that it had with the endpoint from the same port end
  * here: their translation would catch the answers. Returns false when one of
- * them is a connection that still lives.
+ * them is a connection that still lives. Flows of service `but` are left: whoever
+ * opens one has just looked for them, and each search is a cache miss.
  */
-static __always_inline bool free_client_port(const struct l4_addr *endpoint,
+static __always_inline bool free_client_port(const struct l4_addr *endpoint, __u32 but,
 					     const struct packet *pkt, __u32 now)
 {
 	struct l4_addr at = *endpoint;
@@ -165,10 +166,12 @@ static __always_inline bool free_client_port(const struct l4_addr *endpoint,
 		if (!backend)
 			break;
 		key.service = backend->service;
-		key.second = 0;
-		is_free &= end_flow(&key, id, now);
-		key.second = 1;
-		is_free &= end_flow(&key, id, now);
+		if (key.service != but) {
+			key.second = 0;
+			is_free &= end_flow(&key, id, now);
+			key.second = 1;
+			is_free &= end_flow(&key, id, now);
+		}
 		id = backend->next;
 	}
 	return is_free;

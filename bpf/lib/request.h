@@ -42,6 +42,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 				     __u32 now)
 {
 	struct backend_value *backend;
+	struct flow_key other_key;
 	struct list list;
 	__u32 id;
 
@@ -57,15 +58,9 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	if (frontend->flags & FRONTEND_REJECT)
 		return refuse(skb, pkt);
 	list = list_for(frontend, source);
-	if (other && flow_ended(other, pkt->proto, now)) {
-		struct flow_key ended = *key;
-
-		ended.second = !key->second;
-		flows.delete(&ended);
-		other = NULL;
-	}
 	id = choose(frontend, &list, pkt, now);
-	if (other && other->backend_id == id && id != NO_BACKEND) {
+	if (other && other->backend_id == id && id != NO_BACKEND &&
+	    !flow_ended(other, pkt->proto, now)) {
 		__u32 beside = choose_beside(&list, id);
 
 		if (beside != NO_BACKEND)
@@ -74,7 +69,10 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend)
 		return drop(DROP_NO_LOCAL_ENDPOINT);
-	if (!free_client_port(&backend->at, pkt, now))
+	other_key = *key;
+	other_key.second = !key->second;
+	if ((other && !end_flow(&other_key, id, now)) ||
+	    !free_client_port(&backend->at, key->service, pkt, now))
 		return drop(DROP_CLIENT_PORT_CLASH);
 
 	__builtin_memset(flow, 0, sizeof(*flow));
@@ -182,7 +180,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
 		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
-			free_client_port(&to, &pkt, now_s());
+			free_client_port(&to, 0, &pkt, now_s());
 		return NOT_OURS;
 	}
 	key.client = pkt.src;
