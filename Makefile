@@ -6,14 +6,14 @@ SHELL := /bin/bash
 python := .venv/bin/python
 pytest := $(python) -m pytest -q --no-header
 # The rings of `make test`, quickest first.
-rings := lint unit golden packet behaviour
+rings := lint unit golden deploy packet behaviour
 # make behaviour K=nodeport ARGS=-x
 K ?=
 ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) behaviours bench-packet bench-apply clean need-root
+.PHONY: help bootstrap demo test $(rings) image behaviours bench-packet bench-apply clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -50,6 +50,12 @@ unit: bootstrap ## pure parts; no root, seconds
 
 golden: bootstrap ## manifests against the expected plan; no root (ARGS=--update rewrites)
 	@$(pytest) tests/golden $(choose)
+
+deploy: bootstrap ## manifests and image file against schema, rights and settings; no root
+	@$(pytest) tests/deploy -m 'not slow' $(choose)
+
+image: need-root bootstrap ## build the image without a registry and run it (root, buildah, mmdebstrap)
+	@$(pytest) tests/deploy -m slow $(choose)
 
 packet: need-root bootstrap ## one program at a time through the kernel (root)
 	@$(pytest) tests/packet $(choose)

@@ -1,8 +1,8 @@
 """Render a kustomization, as much of kustomize as deploy/ uses.
 
 `resources` (files and folders) and `patches` (files: a strategic merge that finds its object by
-kind and name, or a JSON patch with a `target`). Anything else is refused, so that no test judges what
-kubectl would render otherwise. test_render.py compares with kubectl where there is one.
+kind and name, or a JSON patch with a `target`). Anything else is refused, so that no test judges
+what kubectl would render otherwise. test_render.py compares with kubectl where there is one.
 """
 
 from __future__ import annotations
