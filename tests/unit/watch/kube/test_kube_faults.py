@@ -23,7 +23,7 @@ def settled(server: MockApiServer, **settings: object) -> Iterator[Seen]:
     """A source that has listed everything and watches."""
     with watching(server, **settings) as seen:
         seen.serves("shop/web")
-        for kind in ("Service", "EndpointSlice", "Node"):
+        for kind in ("Service", "EndpointSlice", "Node", "ServiceCIDR"):
             eventually(lambda kind=kind: server.watchers(kind))
         yield seen
 
