@@ -15,6 +15,7 @@ from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import UnsupportedHost
 from ebpf_svc.host.kubeproxy import Sign, running
+from ebpf_svc.log import configure
 from ebpf_svc.migrate import agent, takeover, undo
 from ebpf_svc.migrate.inventory import Inventory, Part, look
 from ebpf_svc.migrate.takeover import Obstacle, Outcome
@@ -68,6 +69,8 @@ def command(back: bool, **options: Any) -> None:
     Next: `ebpf-svc show`.
     """
     settings = settings_from(options)
+    # What our dataplane tells while it is opened is not what was asked.
+    configure(style=settings.log.format, level="warning")
     wanted = Wanted(**{each.name: options[each.name] for each in fields(Wanted)})
     done = _undo(settings, wanted) if back else _take_over(settings, wanted)
     if not done:
@@ -84,7 +87,7 @@ def _take_over(settings: Settings, wanted: Wanted) -> bool:
     served = ours.served if ours else frozenset()
     found = look(settings.families, served)
     signs = running(ours.pid if ours else None)
-    against = list(takeover.obstacles(found, signs, ours))
+    against = list(takeover.obstacles(found, signs, ours, keeps_nat=agent.keeps_nat(settings)))
     warnings = list(takeover.warnings(found))
     if wanted.dry_run or found.empty:
         _print_found(wanted, found, signs, against, warnings)

@@ -48,6 +48,8 @@ STOP_IT = (
 )
 """Takes kube-proxy off every node and keeps its DaemonSet, for the way back."""
 
+_OURS = re.compile(r"\bebpf[_-]svc\b.* run\b|\bebpf_svc\.cli\b")
+"""Command lines of our agent."""
 _LISTEN = "0A"
 _SERVICE_ADDRESS = re.compile(r"([0-9a-f.:]+) \. (tcp|udp|sctp) \. (\d+)")
 _SERVICE_NODE_PORT = re.compile(r"(tcp|udp|sctp) \. (\d+)")
@@ -70,19 +72,22 @@ def running(own_pid: int | None = None) -> tuple[Sign, ...]:
         own_pid: our agent, which may hold kube-proxy's ports by now; None = none runs.
     """
     signs = [Sign("process", f"pid {pid} in this network namespace", pid) for pid in _processes()]
-    if answers(HEALTH_PORT):
-        pid = _listener(HEALTH_PORT)
-        if pid is not None:
-            is_ours = pid == own_pid or "ebpf" in _command(pid)
-            who = f"pid {pid} ({_command(pid)}) answers"
-        else:
-            # No process to be seen, as in a container of its own: ask for the mode, which we never
-            # call by kube-proxy's words.
-            mode = _proxy_mode()
-            is_ours = mode not in ("", *MODES) or (own_pid is not None and not mode)
-            who = f"a kube-proxy in mode {mode} answers" if mode else "answers as kube-proxy does"
-        if not is_ours:
-            signs.append(Sign(f"port {HEALTH_PORT}", who, pid))
+    if not answers(HEALTH_PORT):
+        return tuple(signs)
+    name = f"port {HEALTH_PORT}"
+    holders = _listeners(HEALTH_PORT)
+    for pid in sorted(holders):
+        command = _command(pid)
+        if pid != own_pid and not _OURS.search(command):
+            signs.append(Sign(name, f"held by pid {pid}: {command}", pid))
+    if not holders:
+        # No process to be seen, as from a container of its own: ask for the mode, which we never
+        # call by kube-proxy's words.
+        mode = _proxy_mode()
+        if mode in MODES:
+            signs.append(Sign(name, f"answered by a kube-proxy in mode {mode}"))
+        elif not mode and own_pid is None:
+            signs.append(Sign(name, "answered as kube-proxy does"))
     return tuple(signs)
 
 
@@ -118,18 +123,17 @@ def _get(port: int, path: str) -> str:
 def _processes() -> Iterator[int]:
     """Processes called kube-proxy that share our network namespace: kind's nodes have others."""
     ours = Path("/proc/thread-self/ns/net").stat().st_ino
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
+    for pid in _pids():
+        folder = Path(f"/proc/{pid}")
         with suppress(OSError):  # it has ended
             if (folder / "comm").read_text().strip() != "kube-proxy":
                 continue
             if (folder / "ns/net").stat().st_ino == ours:
-                yield int(folder.name)
+                yield pid
 
 
-def _listener(port: int) -> int | None:
-    """The process that listens on a TCP port; None when it cannot be seen from here."""
+def _listeners(port: int) -> set[int]:
+    """Processes that listen on a TCP port; empty when they cannot be seen from here."""
     inodes = set()
     for name in ("tcp", "tcp6"):
         with suppress(OSError):
@@ -137,15 +141,20 @@ def _listener(port: int) -> int | None:
                 words = line.split()
                 if words[3] == _LISTEN and int(words[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{words[9]}]")
-    for folder in Path("/proc").iterdir():
-        if not inodes or not folder.name.isdigit():
-            continue
-        with suppress(OSError):
-            for link in (folder / "fd").iterdir():
-                with suppress(OSError):
-                    if str(link.readlink()) in inodes:
-                        return int(folder.name)
-    return None
+    return {pid for pid in _pids() if inodes & _open_files(pid)}
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                found.add(str(link.readlink()))
+    return found
+
+
+def _pids() -> Iterator[int]:
+    return (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
 
 
 def _command(pid: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import UnsupportedHost
 from ebpf_svc.host.lock import lock_holder
+from ebpf_svc.host.nft import masquerade_rules
 from ebpf_svc.migrate.rules import Served
 from ebpf_svc.model.desired import FrontendKind
 from ebpf_svc.status import STATUS, read_json, read_names
@@ -79,6 +80,6 @@ def view_of(run_dir: Path, status: Mapping[str, Any]) -> AgentView:
     return AgentView(int(status.get("pid", 0)), frozenset(served), failed)
 
 
-def holder(settings: Settings) -> int | None:
-    """The agent's pid as seen from here; None when none is to be seen."""
-    return lock_holder(settings.run_dir)
+def keeps_nat(settings: Settings) -> bool:
+    """Whether our masquerade rules are there; raises CommandError."""
+    return masquerade_rules(1 << settings.masquerade_bit).exists()

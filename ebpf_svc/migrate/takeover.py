@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ebpf_svc.errors import CommandError, DataplaneError
 from ebpf_svc.host import ipvs, kubeproxy
 from ebpf_svc.host.kubeproxy import Sign
-from ebpf_svc.migrate.agent import AgentView
+from ebpf_svc.migrate.agent import START_IT, AgentView
 from ebpf_svc.migrate.inventory import Inventory, IptablesFound, Part, look
 from ebpf_svc.migrate.rules import Served, plan_removal
 from ebpf_svc.model.net import Family
@@ -47,12 +47,14 @@ class Outcome:
 
 
 def obstacles(
-    found: Inventory, signs: Sequence[Sign], agent: AgentView | None
+    found: Inventory, signs: Sequence[Sign], agent: AgentView | None, *, keeps_nat: bool
 ) -> Iterator[Obstacle]:
     """What speaks against removing kube-proxy's rules now; nothing in the best of cases.
 
     Args:
         agent: None = none serves here.
+        keeps_nat: a NAT chain of ours is there. With the last one of a family the kernel stops
+            translating, live connections included.
     """
     for sign in signs:
         yield Obstacle(
@@ -61,8 +63,14 @@ def obstacles(
             forcible=False,
         )
     if agent is None:
-        yield Obstacle("no agent of ours serves here", "ebpf-svc run …", forcible=False)
+        yield Obstacle("no agent of ours serves here", START_IT, forcible=False)
         return
+    if not keeps_nat:
+        yield Obstacle(
+            "our masquerade rules are not there, and connections of kube-proxy's need them",
+            "the agent writes them again within its resync period: try again then",
+            forcible=False,
+        )
     missing = uncovered(found, agent.served)
     if missing:
         yield Obstacle(

@@ -1,0 +1,279 @@
+"""Taking kube-proxy's place, and giving it back, under live connections."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ebpf_svc.errors import CommandError
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.agent import Agent
+from ebpf_svc.testbed.cluster import Cluster
+from ebpf_svc.testbed.host import Host, Node, Pod
+from ebpf_svc.testbed.traces import traces
+from ebpf_svc.testbed.traffic import Connection, Outcome, ask, connection, serve
+from tests.lib import kubeproxy
+from tests.lib.manifests import Web, node_manifests
+from tests.lib.waiting import eventually
+from tests.lib.world import write_manifests
+
+WEB = Web(1)
+EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
+
+
+@dataclass
+class Site:
+    """A node with kube-proxy's rules for WEB and an agent that has not started."""
+
+    cluster: Cluster
+    agent: Agent
+    pods: tuple[Pod, ...]
+    shell: Pod
+    """Out of reach of socket hooks: all its packets are translated on their way."""
+
+    @property
+    def node(self) -> Node:
+        return self.agent.node
+
+    def kube_proxy(self, mode: str) -> None:
+        kubeproxy.write(self.node, mode, WEB, self.pods)
+
+    def migrate(self, *words: str) -> str:
+        return self.agent.command("migrate", "--yes", *words)
+
+
+@pytest.fixture
+def site(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[Site]:
+    # No other rules with NAT: what our own do not keep alive, nothing does.
+    with Cluster.create(node_count=1, cni_masquerade=False, cache_dir=artifact_cache) as cluster:
+        (node,) = cluster.nodes
+        pods = (node.add_pod("web1"), node.add_pod("web2"))
+        shell = node.add_sandbox_pod("shell1")
+        for pod in pods:
+            serve(pod, tcp=[WEB.target_port], udp=[WEB.target_port])
+        manifests = cluster.folder / "manifests"
+        manifests.mkdir()
+        agent = Agent(node, cluster.settings(node, manifests), mode=dataplane)
+        write_manifests(manifests / "all.yaml", [*node_manifests([node]), *WEB.manifests(pods)])
+        yield Site(cluster, agent, pods, shell)
+        agent.stop()
+
+
+FAKE = """
+import http.server, time
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"lastUpdated": "2026-01-01", "currentTime": "2026-01-01"}')
+    def log_message(self, *words): pass
+print("running", flush=True)
+while True:
+    try:
+        http.server.HTTPServer(("127.0.0.1", 10256), Answer).serve_forever()
+    except OSError:
+        time.sleep(0.1)
+"""
+"""Tries again while our agent has the port, as kube-proxy does (HS8)."""
+
+
+@contextmanager
+def kube_proxy_process(site: Site) -> Iterator[None]:
+    """A process of that name, which answers where kube-proxy does."""
+    program = site.node.folders.root / "kube-proxy"
+    if not program.exists():
+        program.symlink_to(sys.executable)
+    argv = [str(program), "-E", "-S", "-c", FAKE]
+    with site.node.popen(argv, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+class Lasting:
+    """Connections of every kind that are open and have each found a server."""
+
+    def __init__(self, site: Site, stack: ExitStack, *, protocols: tuple[Protocol, ...]) -> None:
+        self._open: list[tuple[str, Connection]] = []
+        self._servers: dict[str, str] = {}
+        for family in Family:
+            for protocol in protocols:
+                targets = {
+                    "pod": (site.shell, WEB.at_cluster_ip(family, protocol)),
+                    "node": (site.node, WEB.at_cluster_ip(family, protocol)),
+                    "outside": (site.cluster.client, WEB.at_node(site.node, family, protocol)),
+                }
+                for name, (host, target) in targets.items():
+                    conn = stack.enter_context(connection(host, target))
+                    self._open.append((f"{name} {protocol.value} {family.label}", conn))
+        self.check()
+
+    def check(self) -> None:
+        """Each answers; TCP from the server it had."""
+        failed = {}
+        for name, conn in self._open:
+            answer = conn.ping()
+            server = self._servers.setdefault(name, answer.server)
+            if not answer.ok or ("TCP" in name and answer.server != server):
+                failed[name] = (answer.outcome, answer.detail, answer.server, server)
+        assert failed == {}
+
+
+def _asked(host: Host, site: Site) -> set[str]:
+    """Who answers new connections of a host to every frontend used here; failures by outcome."""
+    found = set()
+    for family in Family:
+        for protocol in (Protocol.TCP, Protocol.UDP):
+            for target in (
+                WEB.at_cluster_ip(family, protocol),
+                WEB.at_node(site.node, family, protocol),
+            ):
+                for answer in ask(host, target.address, target.port, protocol, count=4):
+                    found.add(answer.server or f"{answer.outcome} {target}")
+    return found
+
+
+@EVERY_MODE
+def test_connections_live_through_the_switch(site: Site, mode: str) -> None:
+    """Connections made under kube-proxy's rules go on, its rules go, others' stay (Z5, Z7)."""
+    site.kube_proxy(mode)
+    before = kubeproxy.chains(site.node, mode) if mode != "nftables" else set()
+    with ExitStack() as stack:
+        lasting = Lasting(site, stack, protocols=(Protocol.TCP, Protocol.UDP))
+        site.agent.start()
+        lasting.check()
+        report = site.migrate()
+        lasting.check()
+        assert "removed" in report
+        for host in (site.shell, site.node):
+            assert _asked(host, site) == {"web1", "web2"}
+        if mode == "nftables":
+            assert "kube-proxy" not in site.node.run(["nft", "list", "tables"])
+        else:
+            after = kubeproxy.chains(site.node, mode)
+            assert after == {name for name in before if name.split()[-1] in kubeproxy.FOREIGN}
+            assert after
+        lasting.check()
+        assert json.loads(site.migrate("--dry-run", "--json"))["obstacles"] == []
+    assert site.migrate().startswith("There are no rules")
+
+
+def test_rules_of_others_stay_word_for_word(site: Site) -> None:
+    """What is neither a chain of kube-proxy's nor a jump to one is left as it was."""
+    site.kube_proxy("legacy")
+    before = site.node.run(["iptables-legacy-save"]).splitlines()
+    site.agent.start()
+    site.migrate()
+    after = site.node.run(["iptables-legacy-save"]).splitlines()
+    own = ("KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-ROUTER", "MY-CHAIN", "CNI-HOSTPORT")
+    expected = [
+        line for line in before
+        if line[:1] in ":-" and ("KUBE-" not in line or any(name in line for name in own))
+    ]  # fmt: skip
+    kept = [line for line in after if line[:1] in ":-"]
+    assert [_plain(line) for line in kept] == [_plain(line) for line in expected]
+
+
+def _plain(line: str) -> str:
+    """Without counters."""
+    return line.partition(" [")[0]
+
+
+def test_running_kube_proxy_is_refused(site: Site) -> None:
+    """While kube-proxy runs nothing is removed: it would write its rules again."""
+    site.kube_proxy("legacy")
+    before = kubeproxy.chains(site.node, "legacy")
+    with kube_proxy_process(site):
+        eventually(lambda: ":10256 " in site.node.run(["ss", "-Hltn"]))
+        site.agent.start()
+        with pytest.raises(CommandError, match="kube-proxy runs") as caught:
+            site.migrate()
+        assert "patch daemonset kube-proxy" in caught.value.stderr
+        assert _running(site) == {"process", "port 10256"}
+    assert kubeproxy.chains(site.node, "legacy") == before
+    site.migrate()
+    assert kubeproxy.chains(site.node, "legacy") < before
+
+
+def test_our_own_health_port_is_not_taken_for_kube_proxys(site: Site) -> None:
+    """Our agent answers at kube-proxy's port in its own name; a process without it is found."""
+    site.agent.start()
+    eventually(lambda: ":10256 " in site.node.run(["ss", "-Hltn"]))
+    assert _running(site) == set()
+    with kube_proxy_process(site):
+        assert _running(site) == {"process"}
+
+
+def _running(site: Site) -> set[str]:
+    said = json.loads(site.migrate("--dry-run", "--json"))
+    return {sign["what"] for sign in said["running"]}
+
+
+def test_without_our_agent_nothing_is_removed(site: Site) -> None:
+    """No agent, or one that is gone: services would stop, so the command says what to start."""
+    site.kube_proxy("nftables")
+    with pytest.raises(CommandError, match="start it first"):
+        site.migrate()
+    site.agent.start()
+    site.agent.kill()
+    with pytest.raises(CommandError, match="start it first"):
+        site.migrate()
+    assert "kube-proxy" in site.node.run(["nft", "list", "tables"])
+
+
+@EVERY_MODE
+def test_what_we_do_not_serve_is_not_taken_away(site: Site, mode: str) -> None:
+    """A frontend only kube-proxy knows stops the switch, by name; --force overrules."""
+    other = Web(2)
+    kubeproxy.write(site.node, mode, other, site.pods)
+    site.agent.start()
+    with pytest.raises(CommandError, match=f"{other.cluster.v4}:80/TCP"):
+        site.migrate()
+    assert ask(site.shell, other.cluster.v4, 80)[0].outcome is not Outcome.OK
+    site.migrate("--force")
+    assert json.loads(site.migrate("--dry-run", "--json"))["found"] == []
+
+
+@EVERY_MODE
+def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
+    """New connections go to kube-proxy's rules while ours last; then no trace of us is left."""
+    before = traces(site.node)
+    site.agent.start()
+    with ExitStack() as stack:
+        lasting = Lasting(site, stack, protocols=(Protocol.TCP,))
+        with pytest.raises(CommandError, match="our agent runs"):
+            site.migrate("--undo")
+        site.agent.stop()
+        with pytest.raises(CommandError, match="kube-proxy does not run"):
+            site.migrate("--undo")
+        with kube_proxy_process(site):
+            with pytest.raises(CommandError, match="written no rules"):
+                site.migrate("--undo")
+            site.kube_proxy(mode)
+            with pytest.raises(CommandError, match="waiting for 4 connections"):
+                site.migrate("--undo", "--drain", "1")
+            lasting.check()
+            assert _asked(site.shell, site) == {"web1", "web2"}
+            assert _translated(site.node)
+            lasting.check()
+    with kube_proxy_process(site):
+        eventually(lambda: "Nothing of ours" in site.migrate("--undo", "--drain", "10"))
+    after = traces(site.node)
+    assert not any("ebpf-svc" in table for table in after["table"])
+    assert {**after, "table": ()} == {**before, "table": ()}
+    assert _asked(site.shell, site) == {"web1", "web2"}
+
+
+def _translated(node: Node) -> bool:
+    """Whether netfilter has translated a connection from a frontend: kube-proxy's rules act."""
+    return f"dst={WEB.cluster.v4} " in node.run(["conntrack", "-L", "-p", "tcp", "--dst-nat"])
