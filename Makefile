@@ -13,7 +13,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image behaviours bench-packet bench-apply clean need-root
+.PHONY: help bootstrap demo test $(rings) image behaviours bench-packet bench-apply bench-watch clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -71,6 +71,9 @@ bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty pro
 
 bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, memory (root)
 	@.venv/bin/ebpf-svc bench apply $(if $(JSON),--json '$(JSON)') $(ARGS)
+
+bench-watch: bootstrap ## from an API server to the dataplane: lists, events, memory
+	@.venv/bin/ebpf-svc bench watch $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 clean: ## remove what builds and tests left in this folder, not .venv
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist test-logs

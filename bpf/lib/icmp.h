@@ -88,7 +88,7 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, struct packet *p
 #endif
 	if (quoted_ports && bpf_l4_csum_replace(skb, check, 0, quoted_ports, 0))
 		return drop(DROP_REWRITE_FAILED);
-	return TC_ACT_OK;
+	return FORWARD;
 }
 
 /* A client's error about a reply it got from a frontend: to the backend. */

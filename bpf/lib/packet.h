@@ -37,9 +37,14 @@ struct packet {
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
-/* A step's result: a verdict ends the packet, NEXT goes on. */
-#define NEXT (-1)
-#define NOT_OURS TC_ACT_OK
+/* A step's result: a verdict ends the packet, NEXT goes on.
+ *
+ * FORWARD hands a packet, translated or not, to the filter after ours: a CNI's
+ * shaper or another agent on the device sees what it would see without us.
+ */
+#define NEXT (-100)
+#define FORWARD TC_ACT_UNSPEC
+#define NOT_OURS FORWARD
 
 #if IP_FAMILY == 4
 #define IP_HEADER struct iphdr

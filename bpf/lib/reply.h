@@ -49,5 +49,5 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	to.dport = pkt.dport;
 	if (rewrite(skb, &pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0) != NEXT)
 		return TC_ACT_SHOT;
-	return TC_ACT_OK;
+	return FORWARD;
 }

@@ -126,7 +126,7 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 		return verdict;
 	if (masquerade)
 		skb->mark |= MASQUERADE_MARK;
-	return hairpin ? send_back(skb, pkt->l3) : TC_ACT_OK;
+	return hairpin ? send_back(skb, pkt->l3) : FORWARD;
 }
 
 /* The backend's answer to itself: back to the client it is, from the frontend. */

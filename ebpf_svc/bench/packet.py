@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ebpf_svc.bench.record import environment
 from ebpf_svc.bench.testrun import (
     ACK,
     ALWAYS_NEW,
@@ -41,6 +41,8 @@ REPEAT = 50_000
 BUSY_LOAD = 0.5
 """Of others, on average; CPUs of a virtual machine often share a core."""
 
+TC_ACT_OK, TC_ACT_UNSPEC = 0, 0xFFFFFFFF
+"""The minimal program's verdict, and ours: on to the next filter."""
 EMPTY, MINIMAL = "nothing", "minimal"
 ESTABLISHED_ABOVE_EMPTY_NS = 100
 NEW_FLOW_TIMES_MINIMAL = 1.4
@@ -170,7 +172,7 @@ def _check_way(case: Case, program: str, verdict: int, ports: tuple[int, int]) -
         "not a service, opening": destination == SERVICE_PORT,
         "reply": source == SERVICE_PORT,
     }.get(case.name, destination == BACKEND_PORT)
-    if verdict or not right:
+    if verdict not in (TC_ACT_OK, TC_ACT_UNSPEC) or not right:
         raise DataplaneError(
             f"{case.name}: {program} gave verdict {verdict} and ports {source} -> {destination}: "
             "that is not the way this case is about"
@@ -243,22 +245,6 @@ def _flows(count: int) -> str:
     return ", 1 flow" if count == 1 else f", {count:,} flows"
 
 
-def environment() -> dict[str, object]:
-    """What the figures depend on besides the programs."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
-    spectre = Path("/sys/devices/system/cpu/vulnerabilities/spectre_v2")
-    return {
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "spectre_v2": spectre.read_text().strip() if spectre.exists() else "",
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-    }
-
-
 def run(json_path: Path | None = None, *, quick: bool = False) -> int:
     """Measure, print, and write every sample to `json_path`; returns the exit code.
 
@@ -284,7 +270,7 @@ def run(json_path: Path | None = None, *, quick: bool = False) -> int:
     if json_path is not None:
         document = {
             "benchmark": "packet",
-            "environment": {**before, "load_after": os.getloadavg()},
+            "environment": {**before, "load_after_1m": os.getloadavg()[0]},
             "goals": [{"goal": sentence, "holds": holds} for sentence, holds in verdicts],
             "rows": [asdict(row) for row in rows],
         }

@@ -175,6 +175,7 @@ def environment() -> dict[str, Any]:
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "python": platform.python_version(),
         "bcc": toolchain.bcc_version(),
+        "spectre_v2": _read("/sys/devices/system/cpu/vulnerabilities/spectre_v2"),
         "jit": _read("/proc/sys/net/core/bpf_jit_enable"),
         "load_1m": os.getloadavg()[0],
     }

@@ -27,7 +27,7 @@ from ebpf_svc import log
 from ebpf_svc.bench import apiobjects
 from ebpf_svc.bench.apiserver import MockApiServer
 from ebpf_svc.bench.record import Record
-from ebpf_svc.config import Settings
+from ebpf_svc.config import KubernetesSettings, Settings
 from ebpf_svc.daemon import settle_memory
 from ebpf_svc.dataplane.base import ApplyReport
 from ebpf_svc.dataplane.fake import FakeDataplane
@@ -37,7 +37,6 @@ from ebpf_svc.model.snapshot import Snapshot
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from ebpf_svc.sync import SyncLoop
-from ebpf_svc.watch.kube.settings import KubernetesSettings
 from ebpf_svc.watch.kubernetes import KubernetesSource
 from ebpf_svc.watch.store import Store
 
@@ -365,7 +364,7 @@ def _memory_mib(field: str) -> float:
     raise KeyError(field)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write every sample there")
@@ -374,7 +373,7 @@ def main() -> int:
     parser.add_argument("--cold", type=int, default=DEFAULTS.cold)
     parser.add_argument("--rate", type=float, default=DEFAULTS.rate)
     parser.add_argument("--seconds", type=float, default=DEFAULTS.seconds)
-    told = parser.parse_args()
+    told = parser.parse_args(argv)
     return run(
         told.json,
         Options(

@@ -27,9 +27,10 @@ from ebpf_svc.host.command import run
 
 Result = TypeVar("Result")
 
-OLDEST_KERNEL = (5, 11)
-"""The first with the coarse clock helper the programs read on each packet."""
-_MEND_KERNEL = "boot a kernel of 5.11 or later, with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF"
+OLDEST_KERNEL = (5, 14)
+"""The first that tells a process the cookie of its network namespace (SO_NETNS_COOKIE), by which
+socket hooks know the host; the coarse clock the programs read came with 5.11."""
+_MEND_KERNEL = "boot a kernel of 5.14 or later, with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF"
 _MEND_TC = (
     "modprobe sch_ingress cls_bpf, or a kernel with CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF"
 )

@@ -20,6 +20,9 @@ from ebpf_svc.host.command import run
 
 TABLE = "inet ebpf-svc"
 CHAIN = "EBPF-SVC-MASQ"
+PORTS = (32768, 65535)
+"""Source ports of masqueraded packets: above every node port, or the answer to one would look like
+a request to that node port (B9)."""
 _ALL = 0xFFFFFFFF
 
 
@@ -62,12 +65,13 @@ def render(mark: int) -> str:
     connections with it until the next one is there.
     """
     marked = f"meta mark & {mark:#010x} == {mark:#010x}"
+    masquerade = f"masquerade to :{PORTS[0]}-{PORTS[1]} fully-random"
     return f"""\
 add table {TABLE}
 add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
 add chain {TABLE} clear {{ type filter hook postrouting priority srcnat + 10; policy accept; }}
 flush table {TABLE}
-add rule {TABLE} postrouting {marked} masquerade fully-random
+add rule {TABLE} postrouting {marked} meta l4proto {{ tcp, udp, sctp }} {masquerade}
 add rule {TABLE} clear {marked} meta mark set meta mark & {_ALL & ~mark:#010x}
 """
 
@@ -121,11 +125,14 @@ class IptablesRules:
     name = f"chain {CHAIN}"
 
     def __init__(self, mark: int) -> None:
-        bit = f"{mark:#x}"
+        bit, ports = f"{mark:#x}", f"{PORTS[0]}-{PORTS[1]}"
         self._rules: tuple[Sequence[str], ...] = (
             ["-m", "mark", "!", "--mark", f"{bit}/{bit}", "-j", "RETURN"],
             ["-j", "MARK", "--set-xmark", f"0x0/{bit}"],
-            ["-j", "MASQUERADE", "--random-fully"],
+            *(
+                ["-p", protocol, "-j", "MASQUERADE", "--to-ports", ports, "--random-fully"]
+                for protocol in ("tcp", "udp", "sctp")
+            ),
         )
 
     def exists(self) -> bool:

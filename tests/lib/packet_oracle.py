@@ -136,7 +136,7 @@ class Oracle:
             self._firsts.add((sent.src[0], sent.dst[0], sent.ident, sent.proto))
         if result.verdict not in set(Verdict):
             return f"verdict {result.verdict}"
-        if result.verdict == Verdict.OK and result.data == result.sent:
+        if result.verdict == Verdict.FORWARD and result.data == result.sent:
             return None
         self.touched += 1
         if sent is None:
@@ -276,7 +276,7 @@ class Oracle:
 
     def _judge_error(self, program: str, result: Result, sent: View) -> str | None:
         """An ICMP error: the quoted packet's one end and the error's are translated."""
-        if sent.piece is Piece.LATER or result.verdict != Verdict.OK:
+        if sent.piece is Piece.LATER or result.verdict != Verdict.FORWARD:
             return "no ICMP error"
         before, after = (
             read(data, sent.l4 + 8, self.family, end=sent.end)

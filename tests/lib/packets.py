@@ -51,7 +51,8 @@ _CLIENT_MAC, _NODE_MAC = "02:00:00:00:00:0a", "02:00:00:00:00:01"
 class Verdict(IntEnum):
     """`TC_ACT_*`, those our programs may give."""
 
-    OK = 0
+    FORWARD = 0xFFFFFFFF
+    """`TC_ACT_UNSPEC`: on to the next filter."""
     SHOT = 2
     STOLEN = 4
     REDIRECT = 7
@@ -185,7 +186,7 @@ class Result:
         return ip_of(self.packet).dst, l4.dport if l4 is not None else 0
 
     def expect(
-        self, packet: Packet | bytes, *, verdict: Verdict = Verdict.OK, mark: int = 0
+        self, packet: Packet | bytes, *, verdict: Verdict = Verdict.FORWARD, mark: int = 0
     ) -> Packet:
         """Assert that it left exactly so, every byte; gives the packet that left."""
         wanted = bytes(packet)

@@ -15,7 +15,8 @@ def test_rules_carry_the_mark_they_were_given() -> None:
         " { type filter hook postrouting priority srcnat + 10; policy accept; }",
         "flush table inet ebpf-svc",
         "add rule inet ebpf-svc postrouting"
-        " meta mark & 0x00004000 == 0x00004000 masquerade fully-random",
+        " meta mark & 0x00004000 == 0x00004000"
+        " meta l4proto { tcp, udp, sctp } masquerade to :32768-65535 fully-random",
         "add rule inet ebpf-svc clear meta mark & 0x00004000 == 0x00004000"
         " meta mark set meta mark & 0xffffbfff",
     ]
