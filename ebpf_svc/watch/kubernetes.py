@@ -6,13 +6,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import resources, sinks
 from ebpf_svc.watch.kube.connection import ApiServer
 from ebpf_svc.watch.kube.ledger import Ledger
 from ebpf_svc.watch.kube.outage import Outage
 from ebpf_svc.watch.kube.reflector import Progress, Reflector, Shared
-from ebpf_svc.watch.kube.settings import KubernetesSettings
 from ebpf_svc.watch.store import Store
 
 log = get_logger(__name__)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ebpf_svc.bench.apiserver import MockApiServer
+from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.model.snapshot import Snapshot
-from ebpf_svc.watch.kube.settings import KubernetesSettings
 from ebpf_svc.watch.kubernetes import KubernetesSource
 from ebpf_svc.watch.store import Store
 from tests.lib.waiting import eventually

@@ -6,6 +6,7 @@ Its models are not used: an object would cost a hundred times what its JSON does
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import ssl
 import threading
@@ -24,11 +25,12 @@ from pydantic import ValidationError
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from ebpf_svc import __version__
+from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.errors import ConfigError
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import wire
 from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Silent, Unreachable
-from ebpf_svc.watch.kube.settings import KubernetesSettings
+from ebpf_svc.watch.kube.limit import RateLimit
 
 log = get_logger(__name__)
 
@@ -129,13 +131,15 @@ class ApiServer:
     def __init__(self, settings: KubernetesSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
+        self._limit = RateLimit(settings.qps, settings.burst)
         self._configuration = load_configuration(settings)
         self._rest = RESTClientObject(self._configuration)
         self._loaded_s = time.monotonic()
 
     @property
     def url(self) -> str:
-        return str(self._configuration.host)
+        # The client sets its own host to the kubeconfig's whenever it looks at its credentials.
+        return self._settings.master.rstrip("/") or str(self._configuration.host)
 
     def get(
         self,
@@ -145,7 +149,7 @@ class ApiServer:
         silence_s: float | None = None,
         packed: bool = False,
     ) -> Answer:
-        """Ask; returns when the answer begins.
+        """Ask; returns when the answer begins. Waits for its turn, as `qps` and `burst` say.
 
         Args:
             path: of the resource, from the root.
@@ -159,12 +163,41 @@ class ApiServer:
             Refused: the server answered with any other error.
             Unreachable: it did not answer.
         """
+        if not query.get("continue"):
+            # The pages of a list are one request: a list that has begun is to be had whole.
+            self._limit.wait()
         asked = urlencode({key: value for key, value in query.items() if value})
+        return self._send("GET", f"{path}?{asked}", self._headers(packed), silence_s)
+
+    def post(self, path: str, item: Mapping[str, Any]) -> None:
+        """Create an object; waits for its turn, as `qps` and `burst` say.
+
+        Args:
+            path: of the collection, from the root.
+            item: the object.
+
+        Raises:
+            Refused, Expired: the server did not take it.
+            Unreachable: it did not answer.
+        """
+        self._limit.wait()
+        headers = {**self._headers(packed=False), "content-type": "application/json"}
+        self._send("POST", path, headers, body=json.dumps(item).encode()).read()
+
+    def _send(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        silence_s: float | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
         try:
             response = self._rest.pool_manager.request(
-                "GET",
-                f"{self.url}{path}?{asked}",
-                headers=self._headers(packed),
+                method,
+                f"{self.url}{target}",
+                headers=headers,
+                body=body,
                 timeout=urllib3.Timeout(
                     connect=CONNECT_TIMEOUT_S, read=silence_s or READ_TIMEOUT_S
                 ),
@@ -177,7 +210,7 @@ class ApiServer:
                 self._reload()
             raise Unreachable(_said(error)) from error
         answer = Answer(response)
-        if response.status != http.client.OK:
+        if response.status not in (http.client.OK, http.client.CREATED):
             raise self._refusal(response.status, response.headers.get("Retry-After"), answer)
         return answer
 
@@ -268,8 +301,6 @@ def load_configuration(settings: KubernetesSettings) -> Any:
     except _UNUSABLE as error:
         where = settings.kubeconfig or "none, and no service account of a pod"
         raise ConfigError("kubeconfig", got=str(where), expected=f"credentials: {error}") from error
-    if settings.master:
-        configuration.host = settings.master.rstrip("/")
     return configuration
 
 

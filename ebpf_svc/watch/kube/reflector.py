@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.errors import WatchError
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import collector, wire
@@ -31,7 +32,6 @@ from ebpf_svc.watch.kube.decode import (
 from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Silent, Unreachable
 from ebpf_svc.watch.kube.ledger import Ledger
 from ebpf_svc.watch.kube.outage import JITTER, Outage
-from ebpf_svc.watch.kube.settings import KubernetesSettings
 from ebpf_svc.watch.kube.sinks import Sink
 
 log = get_logger(__name__)

@@ -16,11 +16,11 @@ import yaml
 from kubernetes.config import incluster_config
 
 from ebpf_svc.bench.apiserver import MockApiServer
+from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.errors import ConfigError
 from ebpf_svc.watch.kube import connection
 from ebpf_svc.watch.kube.connection import ApiServer
 from ebpf_svc.watch.kube.failures import Broken, Expired, Refused, Unreachable
-from ebpf_svc.watch.kube.settings import KubernetesSettings
 from tests.lib import apiserver as api
 from tests.lib.apiserver import running, watching
 from tests.lib.waiting import eventually
