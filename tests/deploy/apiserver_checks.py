@@ -88,7 +88,7 @@ def _pod(pod: Any) -> Iterator[str]:
             if mount.get("mountPropagation") == "Bidirectional" and not privileged:
                 yield f"{mount['mountPath']}: Bidirectional is for privileged containers"
         env = {each["name"] for each in container.get("env", [])}
-        for name in _REFERENCE.findall(" ".join(container["args"])):
+        for name in _REFERENCE.findall(" ".join(container.get("args", []))):
             if name not in env:
                 yield f"$({name}) stays as it is: no such variable"
 

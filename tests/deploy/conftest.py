@@ -11,7 +11,9 @@ import pytest
 from tests.deploy.kustomize import Object, render
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-VARIANTS = ("base", "overlays/beside", "overlays/replace-kube-proxy")
+AGENTS = ("base", "overlays/beside", "overlays/replace-kube-proxy")
+"""What serves."""
+WAY_BACK = "overlays/give-back"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,15 @@ class Deployed:
         }
 
 
-@pytest.fixture(params=VARIANTS)
-def deployed(request: pytest.FixtureRequest) -> Deployed:
+@pytest.fixture(params=[*AGENTS, WAY_BACK])
+def applied(request: pytest.FixtureRequest) -> Deployed:
     """Each kustomization in turn."""
+    return rendered(request.param)
+
+
+@pytest.fixture(params=AGENTS)
+def deployed(request: pytest.FixtureRequest) -> Deployed:
+    """Each that serves, in turn."""
     return rendered(request.param)
 
 

@@ -84,11 +84,11 @@ def _find(objects: list[Object], kind: str, name: str) -> int:
 
 
 def _operate(document: Any, operation: dict[str, Any]) -> None:
-    """One operation of RFC 6902: add or replace."""
+    """One operation of RFC 6902: add, replace or remove."""
     *parents, last = operation["path"].lstrip("/").split("/")
     for word in parents:
         document = document[int(word) if isinstance(document, list) else word]
-    value = copy.deepcopy(operation["value"])
+    value = copy.deepcopy(operation.get("value"))
     match operation["op"], document:
         case "add", list():
             document.insert(len(document) if last == "-" else int(last), value)
@@ -99,5 +99,9 @@ def _operate(document: Any, operation: dict[str, Any]) -> None:
         case "replace", _:
             assert last in document
             document[last] = value
+        case "remove", list():
+            del document[int(last)]
+        case "remove", _:
+            del document[last]
         case op, _:
             raise AssertionError(f"{op} is more than this renders")

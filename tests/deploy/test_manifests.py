@@ -30,9 +30,9 @@ RULES = [
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_object_is_valid_in_the_schema_of_each_version(deployed: Deployed, version):
+def test_every_object_is_valid_in_the_schema_of_each_version(applied: Deployed, version):
     """Fields exist and have the right type; unknown ones count as wrong."""
-    for each in deployed.objects:
+    for each in applied.objects:
         kubernetes_validate.validate(each, version, strict=True)
 
 
@@ -45,9 +45,9 @@ def test_unknown_field_is_found_by_the_schema(replacing: Deployed):
         kubernetes_validate.validate(daemon_set, VERSIONS[-1], strict=True)
 
 
-def test_api_server_finds_nothing_to_refuse(deployed: Deployed):
+def test_api_server_finds_nothing_to_refuse(applied: Deployed):
     """Names are unique, references lead somewhere, selectors match."""
-    assert findings(deployed.objects) == []
+    assert findings(applied.objects) == []
 
 
 def _misname_volume(objects: Any) -> None:
@@ -91,16 +91,16 @@ def test_damaged_objects_are_refused_by_the_checks(damage):
     assert findings(objects)
 
 
-def test_rights_are_those_of_the_rule_and_no_more(deployed: Deployed):
+def test_rights_are_those_of_the_rule_and_no_more(applied: Deployed):
     """Least privilege (W5), cluster-wide since Services are; nothing else grants anything."""
-    rules = deployed.one("ClusterRole")["rules"]
+    rules = applied.one("ClusterRole")["rules"]
 
     granted = [
         (set(rule["apiGroups"]), set(rule["resources"]), set(rule["verbs"])) for rule in rules
     ]
     assert granted == RULES
     assert {key for rule in rules for key in rule} == {"apiGroups", "resources", "verbs"}
-    kinds = [each["kind"] for each in deployed.objects]
+    kinds = [each["kind"] for each in applied.objects]
     assert sorted(kinds) == [
         *("ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet", "ServiceAccount")
     ]
@@ -131,31 +131,31 @@ def _resource(path: str) -> tuple[str, str]:
     return ("" if words[0] == "api" else words[1]), words[-1]
 
 
-def test_pod_runs_on_every_node_and_is_the_last_to_go(deployed: Deployed):
+def test_pod_runs_on_every_node_and_is_the_last_to_go(applied: Deployed):
     """A node without Services is of no use: no taint and no shortage of memory may keep it so."""
-    pod = deployed.pod
+    pod = applied.pod
 
     assert pod["priorityClassName"] == "system-node-critical"
     assert pod["tolerations"] == [{"operator": "Exists"}]
     assert pod["nodeSelector"] == {"kubernetes.io/os": "linux"}
-    assert deployed.one("DaemonSet")["metadata"]["namespace"] == "kube-system"
-    assert set(deployed.container["resources"]) == {"requests"}, "a limit would kill or starve it"
+    assert applied.one("DaemonSet")["metadata"]["namespace"] == "kube-system"
+    assert set(applied.container["resources"]) == {"requests"}, "a limit would kill or starve it"
 
 
-def test_pod_lives_in_the_namespaces_of_the_node(deployed: Deployed):
+def test_pod_lives_in_the_namespaces_of_the_node(applied: Deployed):
     """Its devices, its processes and its resolver, none of which may need a Service."""
-    pod = deployed.pod
+    pod = applied.pod
 
     assert (pod["hostNetwork"], pod["hostPID"], pod["dnsPolicy"]) == (True, True, "Default")
-    assert deployed.container["securityContext"] == {
+    assert applied.container["securityContext"] == {
         "privileged": True,
         "readOnlyRootFilesystem": True,
     }
 
 
-def test_no_port_is_declared(deployed: Deployed):
+def test_no_port_is_declared(applied: Deployed):
     """On the host network the scheduler would keep the pod off a node where kube-proxy has it."""
-    assert "ports" not in deployed.container
+    assert "ports" not in applied.container
 
 
 def test_one_agent_a_node_through_a_rollout(deployed: Deployed):
@@ -222,10 +222,10 @@ def test_settings_of_base_and_replacement_keep_kube_proxys_ports():
         assert settings.metrics_bind_address == defaults.metrics_bind_address
 
 
-def test_image_has_the_version_of_the_agent(deployed: Deployed):
+def test_image_has_the_version_of_the_agent(applied: Deployed):
     """No `latest`: a node that restarts runs what its neighbours run."""
-    assert deployed.container["image"] == f"ebpf-svc:{__version__}"
-    assert deployed.container["imagePullPolicy"] == "IfNotPresent"
+    assert applied.container["image"] == f"ebpf-svc:{__version__}"
+    assert applied.container["imagePullPolicy"] == "IfNotPresent"
 
 
 def test_api_server_can_be_named_without_a_service(deployed: Deployed):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import shlex
 from pathlib import Path
 
+from ebpf_svc.cli.migrate import command as migrate
 from ebpf_svc.config import Mode
+from ebpf_svc.host.kubeproxy import STOP_IT
+from ebpf_svc.migrate.undo import BRING_BACK
 from ebpf_svc.watch.kube import resources
-from tests.deploy.conftest import DEPLOY, Deployed, rendered
+from tests.deploy.conftest import DEPLOY, WAY_BACK, Deployed, rendered
 from tests.deploy.kubelet import NODE, kube_proxy, kubeconfig_of, loaded_of, settings_of, written_by
 from tests.deploy.kustomize import load, merge
 
@@ -87,6 +93,35 @@ def test_stopping_kube_proxy_and_starting_it_again_changes_nothing_else():
     stopped = merge(copy.deepcopy(before), stop)
 
     selector = stopped["spec"]["template"]["spec"].pop("nodeSelector")
-    assert selector == {"kubernetes.io/os": "linux", "ebpf-svc.io/run-kube-proxy": "true"}
+    assert selector == {"kubernetes.io/os": "linux", "ebpf-svc.io/no-kube-proxy": "true"}
     stopped["spec"]["template"]["spec"]["nodeSelector"] = selector
     assert merge(stopped, start) == before
+
+
+def test_patches_are_those_that_migrate_asks_for():
+    """Who follows the command's words and who follows the files does the same."""
+    for file, words in (("stop-kube-proxy.yaml", STOP_IT), ("start-kube-proxy.yaml", BRING_BACK)):
+        (patch,) = load(REPLACE / file)
+        assert json.loads(shlex.split(words)[-1]) == patch
+
+
+def test_way_back_undoes_on_each_node_and_tells_when_it_is_done():
+    """The command is one that exists; nothing restarts a pod that waits for connections."""
+    container = rendered(WAY_BACK).container
+    shell, option, script = container["command"]
+    (undo,) = re.findall(r"until ebpf-svc migrate (.*); do", script)
+
+    assert (shell, option) == ("/bin/sh", "-c")
+    options = migrate.make_context("migrate", shlex.split(undo)).params
+    assert (options["back"], options["yes"]) == (True, True)
+    assert "livenessProbe" not in container
+    assert "startupProbe" not in container
+    done = container["readinessProbe"]["exec"]["command"][-1]
+    assert f"touch {done}\n" in script
+
+
+def test_way_back_does_not_wait_from_node_to_node():
+    """One long-lived connection must not keep all other nodes from going back."""
+    update = rendered(WAY_BACK).one("DaemonSet")["spec"]["updateStrategy"]
+
+    assert update["rollingUpdate"] == {"maxUnavailable": "100%", "maxSurge": 0}

@@ -16,9 +16,9 @@ def _by_name(objects):
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-def test_kustomization_renders_here_as_kubectl_renders_it(deployed: Deployed):
+def test_kustomization_renders_here_as_kubectl_renders_it(applied: Deployed):
     """What these tests judge is what `kubectl apply -k` sends."""
-    argv = ["kubectl", "kustomize", str(DEPLOY / deployed.name)]
+    argv = ["kubectl", "kustomize", str(DEPLOY / applied.name)]
     printed = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout
 
-    assert _by_name(yaml.safe_load_all(printed)) == _by_name(deployed.objects)
+    assert _by_name(yaml.safe_load_all(printed)) == _by_name(applied.objects)
