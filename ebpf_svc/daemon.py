@@ -77,6 +77,7 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
             observers=monitoring.observers,
         )
         _watch_threads(loop)
+        threading.Thread(target=_notice_kube_proxy, name="kube-proxy", daemon=True).start()
         # Before the dataplane opens, which may take a compile: a liveness probe does not wait.
         stack.callback(monitoring.stop)
         monitoring.start(on_fatal=loop.abort)
@@ -90,6 +91,13 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
         stack.callback(files.stop)
         loop.run()
     log.info("agent.stopped")
+
+
+def _notice_kube_proxy() -> None:
+    """Look beside whom this agent starts; a node that has many rules takes a while."""
+    from ebpf_svc.host import kubeproxy  # noqa: PLC0415  # needed once
+
+    kubeproxy.notice()
 
 
 def _mount_bpffs(path: Path) -> None:

@@ -14,7 +14,8 @@ from ebpf_svc.cli.output import print_json, print_table
 from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import Check, Support
-from ebpf_svc.host import sysctl
+from ebpf_svc.host import kubeproxy, sysctl
+from ebpf_svc.host.lock import lock_holder
 from ebpf_svc.model.net import Family
 from ebpf_svc.modes import MODES, make_dataplane
 
@@ -38,6 +39,7 @@ def command(as_json: bool, **options: Any) -> None:
     """
     settings = settings_from(options)
     reports = [Support("host", host_checks(settings))]
+    reports.append(Support("kube-proxy", kube_proxy_checks(settings)))
     reports += [make_dataplane(mode, settings).check() for mode in MODES]
     if as_json:
         checks = [
@@ -57,6 +59,19 @@ def host_checks(settings: Settings) -> tuple[Check, ...]:
     return (
         Check("root", is_root, f"uid {os.geteuid()}", "" if is_root else "sudo ebpf-svc …"),
         *(_forwarding_check(family) for family in settings.families),
+    )
+
+
+def kube_proxy_checks(settings: Settings) -> tuple[Check, ...]:
+    """Whether a kube-proxy runs here or left rules; in nobody's way, but worth knowing."""
+    agent = lock_holder(settings.run_dir)
+    signs, left = kubeproxy.running(agent), kubeproxy.leftovers(settings.families)
+    who = ", ".join(f"{sign.what}: {sign.detail}" for sign in signs)
+    return (
+        Check("process", not signs, who or "none runs", kubeproxy.STOP_IT if signs else "", False),
+        Check(
+            "rules", not left, ", ".join(left) or "none", "ebpf-svc migrate" if left else "", False
+        ),
     )
 
 

@@ -7,7 +7,6 @@ the agent can say at its start beside whom it starts, and what is not iptables.
 from __future__ import annotations
 
 import errno
-import http.client
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from ebpf_svc.errors import CommandError, DataplaneError
 from ebpf_svc.host import iptables
 from ebpf_svc.host.command import run
+from ebpf_svc.log import get_logger
 from ebpf_svc.model.net import Family
 
 HEALTH_PORT, METRICS_PORT = 10256, 10249
@@ -53,6 +53,9 @@ _OURS = re.compile(r"\bebpf[_-]svc\b.* run\b|\bebpf_svc\.cli\b")
 _LISTEN = "0A"
 _SERVICE_ADDRESS = re.compile(r"([0-9a-f.:]+) \. (tcp|udp|sctp) \. (\d+)")
 _SERVICE_NODE_PORT = re.compile(r"(tcp|udp|sctp) \. (\d+)")
+
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ def _proxy_mode() -> str:
 
 def _get(port: int, path: str) -> str:
     """The body of an answer, whatever its status; empty when nobody answers."""
+    import http.client  # noqa: PLC0415  # half a megabyte, for one look
+
     for host in ("127.0.0.1", "::1"):
         connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
         try:
@@ -275,3 +280,26 @@ def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
             if mangle and CANARY in mangle.chains:
                 found.append(f"chain {CANARY} and others ({variant})")
     return tuple(found)
+
+
+def notice() -> None:
+    """Tell the log beside what kube-proxy the agent starts; never raises for what it meets."""
+    try:
+        signs, left = running(os.getpid()), leftovers()
+    except (DataplaneError, OSError, ValueError) as error:
+        log.debug("kubeproxy.unknown", error=str(error))
+        return
+    if signs:
+        log.warning(
+            "kubeproxy.running",
+            details=[f"{sign.what}: {sign.detail}" for sign in signs],
+            reason="both serve: stop kube-proxy, then run the command",
+            command="ebpf-svc migrate",
+        )
+    elif left:
+        log.warning(
+            "kubeproxy.left",
+            details=list(left),
+            reason="rules nobody keeps up to date: the command removes them",
+            command="ebpf-svc migrate",
+        )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -203,6 +204,29 @@ def test_running_kube_proxy_is_refused(site: Site) -> None:
     assert kubeproxy.chains(site.node, "legacy") == before
     site.migrate()
     assert kubeproxy.chains(site.node, "legacy") < before
+
+
+@EVERY_MODE
+def test_agent_and_check_say_beside_whom_they_start(site: Site, mode: str) -> None:
+    """A kube-proxy that runs, or left rules, is a warning with the command to give."""
+    site.kube_proxy(mode)
+    with kube_proxy_process(site):
+        site.agent.start()
+        line = eventually(lambda: _logged(site, "kubeproxy.running"))
+        assert any("process" in detail for detail in line["details"])
+        site.agent.stop()
+    site.agent.start()
+    line = eventually(lambda: _logged(site, "kubeproxy.left"))
+    assert line["command"] == "ebpf-svc migrate"
+    found = json.loads(site.agent.command("check", "--json"))["checks"]
+    states = {each["name"]: each["ok"] for each in found if each["of"] == "kube-proxy"}
+    assert states == {"process": True, "rules": False}
+
+
+def _logged(site: Site, event: str) -> dict[str, Any]:
+    """The first line of that event; empty when there is none yet."""
+    lines = map(json.loads, site.agent.log_path.read_text().splitlines())
+    return next((line for line in lines if line["event"] == event), {})
 
 
 def test_our_own_health_port_is_not_taken_for_kube_proxys(site: Site) -> None:
