@@ -177,6 +177,7 @@ class ControlPlane:
             addresses=declared.addresses,
             zone=declared.zone,
             pod_cidrs=declared.pod_cidrs,
+            eligible=declared.eligible,
         )
 
 

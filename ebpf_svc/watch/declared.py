@@ -148,6 +148,8 @@ class DeclaredNode:
     """InternalIPs, then ExternalIPs (N1)."""
     zone: str = ""
     pod_cidrs: tuple[str, ...] = ()
+    eligible: bool = True
+    """Load balancers may send traffic there (N6)."""
 
 
 Declared = DeclaredService | DeclaredSlice | DeclaredEndpoints | DeclaredPod | DeclaredNode

@@ -10,6 +10,7 @@ from ebpf_svc.watch.declared import PROTOCOLS, DeclaredNode, DeclaredPod, Object
 from ebpf_svc.watch.faults import Faults
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
+TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 
 def declare_pod(ref: ObjectRef, pod: raw.Pod, faults: Faults) -> DeclaredPod | None:
@@ -91,9 +92,11 @@ def declare_node(ref: ObjectRef, node: raw.Node, faults: Faults) -> DeclaredNode
     prefixes = tuple(faults.prefix(f"spec.podCIDRs[{i}]", text) for i, text in enumerate(cidrs))
     if faults:
         return None
+    doomed = any(taint.get("key") == TO_BE_DELETED_TAINT for taint in spec.get("taints") or ())
     return DeclaredNode(
         ref=ref,
         addresses=tuple(dict.fromkeys(found["InternalIP"] + found["ExternalIP"])),
         zone=(meta.get("labels") or {}).get(ZONE_LABEL, ""),
         pod_cidrs=prefixes,
+        eligible=not doomed and not meta.get("deletionTimestamp"),
     )

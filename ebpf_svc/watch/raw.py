@@ -246,11 +246,18 @@ class Pod(TypedDict, total=False):
     status: PodStatus | None
 
 
+class Taint(TypedDict, total=False):
+    """An entry of `spec.taints` of a Node."""
+
+    key: str | None
+
+
 class NodeSpec(TypedDict, total=False):
     """`spec` of a Node."""
 
     podCIDR: str | None
     podCIDRs: list[str] | None
+    taints: list[Taint] | None
 
 
 class NodeAddress(TypedDict, total=False):

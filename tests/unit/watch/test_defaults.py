@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from ebpf_svc.model.net import Protocol, family_of
 from ebpf_svc.model.service import ServicePort, ServiceType, TrafficPolicy
@@ -203,3 +204,22 @@ def test_node_facts_are_those_of_the_own_node() -> None:
     )
     assert other.node.pod_cidrs == ("10.244.2.0/24",)
     assert Cluster(node="node3").apply().node.addresses == ()
+
+
+@pytest.mark.parametrize(
+    ("node", "is_eligible"),
+    [
+        ("metadata: {name: node1}", True),
+        ("{metadata: {name: node1}, spec: {taints: [{key: dedicated, effect: NoSchedule}]}}", True),
+        (
+            "{metadata: {name: node1}, spec: {taints: [{key: ToBeDeletedByClusterAutoscaler}]}}",
+            False,
+        ),
+        ("metadata: {name: node1, deletionTimestamp: '2026-01-01T00:00:00Z'}", False),
+    ],
+)
+def test_node_that_goes_away_is_not_for_load_balancers(node: str, is_eligible: bool) -> None:
+    """The autoscaler's taint or a deletion (N6)."""
+    fields = yaml.safe_load(node)
+    state = apply(yaml.safe_dump({"apiVersion": "v1", "kind": "Node", **fields}))
+    assert state.node.eligible is is_eligible
