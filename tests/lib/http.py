@@ -7,7 +7,10 @@ import itertools
 import json
 import os
 import socket
+import sys
 from typing import Any, NamedTuple
+
+from ebpf_svc.testbed.host import Host
 
 _PORTS = itertools.count(20_000 + os.getpid() % 100 * 100)
 """Below the ports the kernel gives to clients, and apart for runs side by side."""
@@ -55,3 +58,22 @@ def free_port() -> int:
         except OSError:
             continue
         return port
+
+
+_FETCH = """
+import http.client, json, sys
+connection = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=3)
+try:
+    connection.request("GET", sys.argv[3])
+    response = connection.getresponse()
+    print(json.dumps([response.status, dict(response.getheaders()), response.read().decode()]))
+except ConnectionRefusedError:
+    print(json.dumps([0, {}, ""]))
+"""
+
+
+def fetch(host: Host, address: str, port: int, path: str = "/") -> Reply:
+    """Ask once from a host of the testbed; status 0 = refused."""
+    argv = [sys.executable, "-I", "-S", "-c", _FETCH, address, str(port), path]
+    status, headers, body = json.loads(host.run(argv))
+    return Reply(status, headers, body.encode())
