@@ -6,13 +6,15 @@ client ── router ──┬── node1 ── web1 web2 shell1 sandbox1
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
 
 from ebpf_svc.model.net import Family, Protocol
-from ebpf_svc.testbed.traffic import Target, ask, spread
+from ebpf_svc.testbed.traffic import Outcome, Target, ask, spread
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import PROTOCOLS
 from tests.lib.probing import (
@@ -49,6 +51,31 @@ def test_every_kind_of_frontend_uses_every_backend(world: World, publish: Publis
     for row in rows:
         reached.setdefault(row.kind, set()).update(row.servers)
     assert reached == {kind: {"web1", "web2", "web3"} for kind in (*KINDS, LOCALHOST)}
+
+
+@pytest.fixture
+def without_offload(world: World) -> Iterator[World]:
+    """Every host computes checksums itself, and so verifies what arrives."""
+    hosts = (*world.askers, *world.webs, world.cluster.router)
+    for state in ("off", "on"):
+        for host in hosts:
+            for device in json.loads(host.run(["ip", "-j", "link"])):
+                if device["link_type"] == "ether":
+                    host.run(["ethtool", "-K", device["ifname"], "tx", state, "rx", state])
+        if state == "off":
+            yield world
+
+
+def test_checksums_are_right_without_offload(without_offload: World, publish: Publish) -> None:
+    """With offload a wrong checksum goes unseen between namespaces; without, nothing would arrive.
+
+    The refusals made in the kernel are verified too.
+    """
+    world, web = without_offload, publish()
+    assert_held(table(world, web, askers=world.askers, kinds=(*KINDS, LOCALHOST), count=3))
+    closed = publish([])
+    rows = table(world, closed, askers=world.askers)
+    assert_held(rows, lambda row: all(one.outcome is Outcome.REFUSED for one in row.answers))
 
 
 @pytest.mark.parametrize("asker", ["shell1", "sandbox1", "node1", "client"])
