@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import gzip
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -53,6 +54,8 @@ class Request(NamedTuple):
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
+    body: bytes = b""
+    """Not empty: something is to be created."""
 
 
 class MockApiServer:
@@ -60,8 +63,14 @@ class MockApiServer:
 
     Fault = Fault
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
-        self._tls = tls
+    def __init__(
+        self,
+        *,
+        tls: ssl.SSLContext | None = None,
+        make_socket: Callable[[], socket.socket] = socket.socket,
+    ) -> None:
+        """Prepare; `make_socket` may make one of another network namespace."""
+        self._tls, self._make_socket = tls, make_socket
         self._collections = {
             path: Collection(kind, version) for kind, (version, path) in PATHS.items()
         }
@@ -75,6 +84,8 @@ class MockApiServer:
         self.port = 0
         self.requests: list[Request] = []
         """All that were received, in order."""
+        self.created: list[Item] = []
+        """What was posted, Events above all; it is not served."""
         self.faults: list[Fault] = []
         """Given to the next requests they fit."""
         self.streams_lists = True
@@ -100,10 +111,13 @@ class MockApiServer:
 
         async def listen() -> None:
             self._thawed.set()
+            listener = self._make_socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", self.port))
             self._server = await asyncio.start_server(
-                self._serve, "127.0.0.1", self.port, ssl=self._tls, limit=1 << 20
+                self._serve, sock=listener, ssl=self._tls, limit=1 << 20
             )
-            self.port = self._server.sockets[0].getsockname()[1]
+            self.port = listener.getsockname()[1]
 
         asyncio.run_coroutine_threadsafe(listen(), self._loop).result(5)
         return self
@@ -255,6 +269,10 @@ class MockApiServer:
         if self.token and (scheme.lower(), token) != ("bearer", self.token):
             await self._send(writer, 401, _status(401, "Unauthorized"))
             return True
+        if request.body:
+            self.created.append(json.loads(request.body))
+            await self._send(writer, 201, request.body)
+            return True
         collection = self._collections.get(request.path)
         if collection is None:
             await self._send(writer, 404, _status(404, "the server could not find it"))
@@ -361,10 +379,11 @@ async def _read_request(reader: asyncio.StreamReader) -> Request | None:
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     target = urlsplit(first.split(" ")[1])
-    headers = dict(line.split(": ", 1) for line in lines if line)
+    pairs = (line.split(": ", 1) for line in lines if line)
+    headers = {name.lower(): value for name, value in pairs}
     length = int(headers.get("content-length", 0))
-    await reader.readexactly(length)
-    return Request(target.path, dict(parse_qsl(target.query)), headers)
+    body = await reader.readexactly(length)
+    return Request(target.path, dict(parse_qsl(target.query)), headers, body)
 
 
 def _status(code: int, message: str) -> bytes:

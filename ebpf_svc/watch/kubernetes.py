@@ -10,6 +10,7 @@ from ebpf_svc.config import KubernetesSettings
 from ebpf_svc.log import get_logger
 from ebpf_svc.watch.kube import resources, sinks
 from ebpf_svc.watch.kube.connection import ApiServer
+from ebpf_svc.watch.kube.events import ApiSink
 from ebpf_svc.watch.kube.ledger import Ledger
 from ebpf_svc.watch.kube.outage import Outage
 from ebpf_svc.watch.kube.reflector import Progress, Reflector, Shared
@@ -51,6 +52,8 @@ class KubernetesSource:
                 resources.service_cidrs(), sinks.ServiceCidrSink(store), shared
             ),
         }
+        self.events = ApiSink(self._server, store.node_name)
+        """Sends Events to the same API server."""
         self._patience = threading.Timer(settings.node_wait_s, self._give_up_on_node)
         self._patience.daemon = True
 
@@ -63,6 +66,7 @@ class KubernetesSource:
         """Begin to list and watch; returns at once."""
         self._store.await_node()
         self._patience.start()
+        self.events.start()
         for reflector in self._reflectors.values():
             reflector.start()
 
@@ -73,6 +77,7 @@ class KubernetesSource:
             reflector.stop()
         for reflector in self._reflectors.values():
             reflector.join(STOP_S)
+        self.events.stop()
         self._server.close()
 
     def _give_up_on_node(self) -> None:

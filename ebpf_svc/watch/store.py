@@ -34,12 +34,19 @@ _slice_name = attrgetter("name")
 class Store:
     """The current state of the outside world; thread-safe."""
 
-    def __init__(self, node_name: str) -> None:
+    def __init__(self, node_name: str, *, primary_address: str = "") -> None:
+        """Know nothing yet.
+
+        Args:
+            node_name: this node's, as its Node and endpoints spell it.
+            primary_address: stands before the addresses of the Node object (N2).
+        """
         self.node_name = node_name
+        self._primary = (primary_address,) if primary_address else ()
         self.changed = threading.Event()
         """Set after every change; whoever waits clears it before taking the snapshot."""
         self._lock = threading.Lock()
-        self._current = Snapshot(NodeFacts(node_name))
+        self._current = Snapshot(NodeFacts(node_name, self._primary))
         self._missing = {_SERVICES, _SLICES}
         """What must be given before the first snapshot."""
         self._private: dict[ServiceName, Service] | None = None
@@ -58,6 +65,11 @@ class Store:
             self._private = self._private_slices = None
             self._is_taken = True
             return self._current
+
+    def node(self) -> NodeFacts:
+        """What is known about this node, which may be before `snapshot` gives anything."""
+        with self._lock:
+            return self._current.node
 
     def await_node(self) -> None:
         """Give no snapshot before this node's addresses are known, or nobody waits for them any
@@ -107,7 +119,10 @@ class Store:
                 new = replace(new, problems=problems)
             if service_cidrs is not None and service_cidrs != old.service_cidrs:
                 new = replace(new, service_cidrs=service_cidrs)
+            has_addresses = node is not None and bool(node.addresses)
             if node is not None:
+                others = (each for each in node.addresses if each not in self._primary)
+                node = replace(node, addresses=(*self._primary, *others))
                 node = _node(node, old.node.local_addresses, old.node)
                 new = new if node is old.node else replace(new, node=node)
             given = {
@@ -115,7 +130,7 @@ class Store:
                 for name, is_given in (
                     (_SERVICES, services is not None),
                     (_SLICES, slices is not None),
-                    (_NODE, node is not None and bool(node.addresses)),
+                    (_NODE, has_addresses),
                 )
                 if is_given
             }

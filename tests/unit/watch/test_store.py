@@ -198,3 +198,21 @@ def test_snapshot_knows_its_oldest_change() -> None:
     last = store.snapshot()
     assert last is not None
     assert last.since_s >= after_first
+
+
+def test_primary_address_stands_before_those_of_the_node() -> None:
+    """bindAddress decides the node's address of its family, known from the start (N2)."""
+    store = Store("node1", primary_address="192.0.2.9")
+    assert store.node().addresses == ("192.0.2.9",)
+    store.replace(node=NodeFacts("node1", ("192.0.2.1", "192.0.2.9", "2001:db8::1")))
+    assert store.node().addresses == ("192.0.2.9", "192.0.2.1", "2001:db8::1")
+
+
+def test_primary_address_does_not_end_the_wait_for_the_node() -> None:
+    """The Node object is still awaited: it has more than addresses (N3)."""
+    store = Store("node1", primary_address="192.0.2.9")
+    store.await_node()
+    store.replace(services={}, slices={}, node=NodeFacts("node1"))
+    assert store.snapshot() is None
+    store.replace(node=NodeFacts("node1", ("192.0.2.1",)))
+    assert store.snapshot() is not None
