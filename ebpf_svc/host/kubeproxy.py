@@ -258,7 +258,9 @@ def remove_ipsets(names: Iterable[str]) -> None:
                 sets.destroy(name)
             except IPSetError as error:
                 if error.code != errno.ENOENT:
-                    stuck.append(f"{name} ({os.strerror(error.code)})")
+                    # Above the usual numbers are ipset's own: the set is in use.
+                    why = os.strerror(error.code) if error.code < 4096 else "in use"
+                    stuck.append(f"{name} ({why})")
     if stuck:
         raise DataplaneError(f"ipsets {', '.join(stuck)}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from ebpf_svc.config import Settings
+from ebpf_svc.config import Settings, SocketLB
 from ebpf_svc.dataplane.base import Dataplane
 from ebpf_svc.dataplane.inspect import ShowsFlows
 from ebpf_svc.host.kubeproxy import Sign
@@ -86,7 +86,7 @@ def give_back(settings: Settings, *, drain_s: float, force: bool, say: Say) -> i
         DataplaneError: something could not be written or removed.
     """
     mode = str((read_json(settings.run_dir / STATUS) or {}).get("mode", "ebpf"))
-    dataplane = make_dataplane(mode, settings)
+    dataplane = make_dataplane(mode, _without_hooks(settings))
     with DirectoryLock(settings.run_dir):
         say("letting new connections pass to kube-proxy's rules")
         dataplane.open()
@@ -102,6 +102,16 @@ def give_back(settings: Settings, *, drain_s: float, force: bool, say: Say) -> i
         for name in (STATUS, STATE):
             (settings.run_dir / name).unlink(missing_ok=True)
     return 0
+
+
+def _without_hooks(settings: Settings) -> Settings:
+    """Settings under which sockets are left alone.
+
+    A connected socket needs our hooks no more. With them a sweep would end the UDP sockets of
+    endpoints we no longer know, to make their programs ask anew: here the endpoints live on.
+    """
+    ebpf = settings.ebpf.model_copy(update={"socket_lb": SocketLB.OFF})
+    return settings.model_copy(update={"ebpf": ebpf})
 
 
 def _drain(dataplane: Dataplane, drain_s: float, say: Say) -> int:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2.ipset import IPSet
 
 from ebpf_svc.errors import CommandError
-from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.net import Family
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import Connection, Outcome, ask, connection, serve
 from tests.lib import kubeproxy
-from tests.lib.manifests import Web, node_manifests
+from tests.lib.manifests import PROTOCOLS, Web, node_manifests
 from tests.lib.waiting import eventually
 from tests.lib.world import write_manifests
 
@@ -104,11 +105,11 @@ def kube_proxy_process(site: Site) -> Iterator[None]:
 class Lasting:
     """Connections of every kind that are open and have each found a server."""
 
-    def __init__(self, site: Site, stack: ExitStack, *, protocols: tuple[Protocol, ...]) -> None:
+    def __init__(self, site: Site, stack: ExitStack) -> None:
         self._open: list[tuple[str, Connection]] = []
         self._servers: dict[str, str] = {}
         for family in Family:
-            for protocol in protocols:
+            for protocol in PROTOCOLS:
                 targets = {
                     "pod": (site.shell, WEB.at_cluster_ip(family, protocol)),
                     "node": (site.node, WEB.at_cluster_ip(family, protocol)),
@@ -134,7 +135,7 @@ def _asked(host: Host, site: Site) -> set[str]:
     """Who answers new connections of a host to every frontend used here; failures by outcome."""
     found = set()
     for family in Family:
-        for protocol in (Protocol.TCP, Protocol.UDP):
+        for protocol in PROTOCOLS:
             for target in (
                 WEB.at_cluster_ip(family, protocol),
                 WEB.at_node(site.node, family, protocol),
@@ -150,7 +151,7 @@ def test_connections_live_through_the_switch(site: Site, mode: str) -> None:
     site.kube_proxy(mode)
     before = kubeproxy.chains(site.node, mode) if mode != "nftables" else set()
     with ExitStack() as stack:
-        lasting = Lasting(site, stack, protocols=(Protocol.TCP, Protocol.UDP))
+        lasting = Lasting(site, stack)
         site.agent.start()
         lasting.check()
         report = site.migrate()
@@ -188,6 +189,29 @@ def test_rules_of_others_stay_word_for_word(site: Site) -> None:
 def _plain(line: str) -> str:
     """Without counters."""
     return line.partition(" [")[0]
+
+
+def test_device_and_sets_of_ipvs_mode_go(site: Site) -> None:
+    """kube-ipvs0 and the ipsets of both families go, a set of somebody else's stays (Z6)."""
+    node = site.node
+    # This kernel has no dummy devices; a bridge of that name does as well.
+    node.run(["ip", "link", "add", "kube-ipvs0", "type", "bridge"])
+    for address in WEB.cluster:
+        node.run(["ip", "address", "add", address, "dev", "kube-ipvs0"])
+    names = ("KUBE-CLUSTER-IP", "KUBE-6-LOOP-BACK", "KUBE-SRC-ABCDEFGHIJKLMNOP")
+    with node.namespace.entered(), IPSet() as sets:
+        for name in names:
+            sets.create(name, stype="hash:ip")
+    rule = "-A KUBE-SERVICES -m set --match-set KUBE-CLUSTER-IP dst -j ACCEPT"
+    text = f"*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\n{rule}\nCOMMIT\n"
+    node.run(["iptables-legacy-restore", "--noflush"], stdin=text)
+    site.agent.start()
+    parts = {part["kind"] for part in json.loads(site.migrate("--json"))["removed"]}
+    assert parts == {"chains", "device", "ipsets"}
+    assert "kube-ipvs0" not in node.run(["ip", "link"])
+    with node.namespace.entered(), IPSet() as sets:
+        assert [one.get_attr("IPSET_ATTR_SETNAME") for one in sets.list()] == [names[2]]
+    assert _asked(site.shell, site) == {"web1", "web2"}
 
 
 def test_running_kube_proxy_is_refused(site: Site) -> None:
@@ -274,7 +298,7 @@ def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
     before = traces(site.node)
     site.agent.start()
     with ExitStack() as stack:
-        lasting = Lasting(site, stack, protocols=(Protocol.TCP,))
+        lasting = Lasting(site, stack)
         with pytest.raises(CommandError, match="our agent runs"):
             site.migrate("--undo")
         site.agent.stop()
