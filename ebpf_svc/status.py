@@ -1,11 +1,13 @@
-"""What the running agent tells others, in two files of its run directory.
+"""What the running agent tells others, in files of its run directory.
 
 `status.json`: is it ready, what was applied last, what is wrong. Written after every sync.
 `state.json`: the names behind the addresses, which the kernel does not know. Written when names or
 frontends changed, which is rare, and assembled from text kept per service port, so that a change
 costs what it touches.
 
-Both are replaced atomically: a reader sees the old or the new one, never half.
+`settings.json`: what it was told, written once at its start.
+
+Each is replaced atomically: a reader sees the old or the new one, never half.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ from ebpf_svc.model.desired import (
     PlanKey,
     ServicePlan,
 )
+from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Protocol
 from ebpf_svc.model.snapshot import Problem
 
 STATUS = "status.json"
 STATE = "state.json"
+SETTINGS = "settings.json"
+"""The settings of the agent that served last, for the command that goes back to kube-proxy."""
+FILES = (STATUS, STATE, SETTINGS)
+"""All that an agent leaves in its run directory."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -61,6 +68,7 @@ class StatusWriter:
     def __init__(self, run_dir: Path, *, mode: str, node: str) -> None:
         self._run_dir = run_dir
         self._who = {"pid": os.getpid(), "version": __version__, "node": node, "mode": mode}
+        self._plans: Mapping[PlanKey, ServicePlan] = {}
         self._entries: dict[PlanKey, _Entry] = {}
         self._frontend_count = self._backend_count = self._refusing_count = 0
         self._state_written = False
@@ -106,20 +114,19 @@ class StatusWriter:
     def _update(self, plans: Mapping[PlanKey, ServicePlan]) -> bool:
         """Follow the plans that are new objects; say whether a name or a frontend changed."""
         entries, changed = self._entries, False
-        for key, plan in plans.items():
-            old = entries.get(key)
+        for key in differences(self._plans, plans):
+            old, plan = entries.get(key), plans.get(key)
             if old is not None:
-                if old.plan is plan:
-                    continue
                 self._count(old.plan, -1)
+            if plan is None:
+                del entries[key]
+                changed = True
+                continue
             text = old.text if old and old.plan.frontends == plan.frontends else _plan_line(plan)
             changed = changed or old is None or old.text is not text
             entries[key] = _Entry(plan, text)
             self._count(plan, 1)
-        if len(entries) > len(plans):
-            for key in [key for key in entries if key not in plans]:
-                self._count(entries.pop(key).plan, -1)
-            changed = True
+        self._plans = plans
         return changed
 
     def _count(self, plan: ServicePlan, sign: int) -> None:

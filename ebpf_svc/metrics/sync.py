@@ -18,10 +18,10 @@ from ebpf_svc.metrics import catalog
 from ebpf_svc.metrics.make import counter, gauge, histogram
 from ebpf_svc.model.desired import DesiredState
 from ebpf_svc.model.endpoint import EndpointSlice
+from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
 from ebpf_svc.model.service import Service, ServiceName
 from ebpf_svc.model.snapshot import Snapshot
-from ebpf_svc.plan.planner import differences
 from ebpf_svc.sync import Synced
 
 Slices = tuple[EndpointSlice, ...]

@@ -7,11 +7,11 @@ remembered between plans only saves work: a fresh Planner gives an equal result 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import compress
-from operator import is_, is_not
+from operator import is_
 
 from ebpf_svc.model.desired import DesiredState, HealthCheck, PlanKey, ServicePlan
 from ebpf_svc.model.endpoint import EndpointSlice
+from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
 from ebpf_svc.model.service import Service, ServiceName, ServicePortName, ServiceType
 from ebpf_svc.model.snapshot import NodeFacts, Problem, Snapshot
@@ -233,17 +233,3 @@ class Planner:
             if plan.key == key:
                 return plan
         return None
-
-
-def differences(
-    old: Mapping[ServiceName, object], new: Mapping[ServiceName, object]
-) -> Iterable[ServiceName]:
-    """Names whose value is not the same object in both, or is missing in one."""
-    if old is new:
-        return ()
-    if len(old) == len(new) and all(map(is_, old, new)):
-        # The rule: the same names in the same order. No name is hashed, no line of Python runs.
-        return compress(new, map(is_not, new.values(), old.values()))
-    changed = [name for name, value in new.items() if old.get(name) is not value]
-    changed += (name for name in old if name not in new)
-    return changed

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from operator import is_, is_not
 
 from ebpf_svc.config import EbpfSettings
 from ebpf_svc.dataplane.base import ApplyReport
@@ -32,6 +30,7 @@ from ebpf_svc.model.desired import (
     PlanKey,
     ServicePlan,
 )
+from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
 
 _CHUNK = 1024
@@ -167,16 +166,13 @@ class Forwarding:
 
     def _changed(self, plans: Mapping[PlanKey, ServicePlan]) -> dict[Family, list[ServicePlan]]:
         """The plans that are not, by identity, what is applied; abandons those that are gone."""
-        old, found = self._plans, {key: plans[key] for key in self._incomplete & plans.keys()}
-        if plans is not old:
-            if len(plans) == len(old) and all(map(is_, plans, old)):
-                # The same keys in the same order, as a rule: no key is hashed.
-                differs = map(is_not, plans.values(), old.values())
-                found |= {plan.key: plan for plan in compress(plans.values(), differs)}
+        found = {key: plans[key] for key in self._incomplete & plans.keys()}
+        for key in differences(self._plans, plans):
+            plan = plans.get(key)
+            if plan is None:
+                self._abandon(key)
             else:
-                found |= {key: plan for key, plan in plans.items() if old.get(key) is not plan}
-                for key in [key for key in old if key not in plans]:
-                    self._abandon(key)
+                found[key] = plan
         by_family: dict[Family, list[ServicePlan]] = {}
         for plan in found.values():
             by_family.setdefault(plan.key.family, []).append(plan)
