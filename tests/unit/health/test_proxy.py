@@ -189,6 +189,7 @@ def test_taken_address_is_reported_and_had_later(
         eventually(lambda: rig.failures)
         assert rig.failures == [f"127.0.0.1:{port}"]
         # The twin in the other family is had all the same.
+        eventually(lambda: not refuses(port, "::1"))
         assert get(port, "/livez", address="::1").status == 200
     eventually(lambda: not refuses(port))
 
