@@ -49,7 +49,7 @@ def wanted_max(settings: ConntrackSettings, cpu_count: int) -> int | None:
 def set_up(settings: ConntrackSettings) -> tuple[Failure, ...]:
     """Write what the settings ask for; returns what could not be written."""
     _load_module()
-    failures = []
+    failures: list[Failure] = []
     # Those we may run on, as a cpuset leaves them (Q6).
     limit = wanted_max(settings, len(os.sched_getaffinity(0)))
     if limit is not None and owns_limits():
