@@ -22,6 +22,7 @@ from ebpf_svc.modes import make_dataplane
 from ebpf_svc.monitoring import Monitoring
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
+from ebpf_svc.status import SETTINGS, write_atomically
 from ebpf_svc.sync import SyncLoop
 from ebpf_svc.watch.addresses import AddressWatch
 from ebpf_svc.watch.files import FileSource
@@ -61,6 +62,7 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
             # Mounted first: the lock must lie on what every agent will find there.
             _mount_bpffs(settings.ebpf.bpffs)
             stack.enter_context(DirectoryLock(settings.ebpf.bpffs))
+        write_atomically(settings.run_dir / SETTINGS, settings.model_dump_json() + "\n")
         log.info("agent.starting", version=__version__, node=node, mode=mode)
         store = Store(node)
         dataplane = make_dataplane(mode, settings)
@@ -77,7 +79,8 @@ def run(settings: Settings, *, mode: str = "ebpf") -> None:
             observers=monitoring.observers,
         )
         _watch_threads(loop)
-        threading.Thread(target=_notice_kube_proxy, name="kube-proxy", daemon=True).start()
+        if not settings.kubernetes.service_proxy_name:  # else it serves beside kube-proxy
+            threading.Thread(target=_notice_kube_proxy, name="kube-proxy", daemon=True).start()
         # Before the dataplane opens, which may take a compile: a liveness probe does not wait.
         stack.callback(monitoring.stop)
         monitoring.start(on_fatal=loop.abort)

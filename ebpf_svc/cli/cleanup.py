@@ -17,7 +17,7 @@ from ebpf_svc.dataplane.inspect import KernelPart, ShowsParts
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
 from ebpf_svc.host.lock import DirectoryLock, lock_holder
 from ebpf_svc.modes import MODES, make_dataplane
-from ebpf_svc.status import STATE, STATUS
+from ebpf_svc.status import FILES
 
 
 @click.command(name="cleanup")
@@ -67,7 +67,7 @@ def _remove(settings: Settings) -> tuple[list[str], list[str]]:
         after = _parts(dataplane)
         removed += _summary(part for part in before if part not in after)
         failures += [f"mode {mode}: {line} still there" for line in _summary(after)]
-    for name in (STATUS, STATE):
+    for name in FILES:
         path = settings.run_dir / name
         if path.exists():
             path.unlink()

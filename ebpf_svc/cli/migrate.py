@@ -68,7 +68,7 @@ def command(back: bool, **options: Any) -> None:
 
     Next: `ebpf-svc show`.
     """
-    settings = settings_from(options)
+    settings = agent.settings_of_agent(settings_from(options))
     # What our dataplane tells while it is opened is not what was asked.
     configure(style=settings.log.format, level="warning")
     wanted = Wanted(**{each.name: options[each.name] for each in fields(Wanted)})

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ebpf_svc.config import Settings
-from ebpf_svc.errors import UnsupportedHost
+from ebpf_svc.errors import ConfigError, UnsupportedHost
 from ebpf_svc.host.lock import lock_holder
 from ebpf_svc.host.nft import masquerade_rules
 from ebpf_svc.migrate.rules import Served
 from ebpf_svc.model.desired import FrontendKind
-from ebpf_svc.status import STATUS, read_json, read_names
+from ebpf_svc.status import SETTINGS, STATUS, read_json, read_names
 
 POLL_S = 0.2
 START_IT = "ebpf-svc run …, or deploy its DaemonSet"
@@ -78,6 +80,25 @@ def view_of(run_dir: Path, status: Mapping[str, Any]) -> AgentView:
     }
     failed = tuple(f"{each['service']}: {each['reason']}" for each in status.get("failed", ()))
     return AgentView(int(status.get("pid", 0)), frozenset(served), failed)
+
+
+def settings_of_agent(settings: Settings) -> Settings:
+    """The settings of the agent that serves or served in that run directory; else those given.
+
+    A command that is told only where the agent lives must still know the devices it attached to.
+
+    Raises:
+        ConfigError: another version wrote them, in a way this one does not read.
+    """
+    path = settings.run_dir / SETTINGS
+    try:
+        return Settings.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        return settings
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        raise ConfigError(f"{path}: {field}", got=wrong["input"], expected=wrong["msg"]) from error
 
 
 def keeps_nat(settings: Settings) -> bool:

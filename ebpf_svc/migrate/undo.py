@@ -22,7 +22,7 @@ from ebpf_svc.migrate.takeover import Obstacle, Say, frontends_text
 from ebpf_svc.model.desired import DesiredState
 from ebpf_svc.model.net import Protocol
 from ebpf_svc.modes import make_dataplane
-from ebpf_svc.status import STATE, STATUS, read_json
+from ebpf_svc.status import FILES, STATUS, read_json
 
 POLL_S = 0.5
 ENDED = ("closed", "reset")
@@ -99,7 +99,7 @@ def give_back(settings: Settings, *, drain_s: float, force: bool, say: Say) -> i
             return left
         say("removing our programs, maps and rules")
         dataplane.cleanup()
-        for name in (STATUS, STATE):
+        for name in FILES:
             (settings.run_dir / name).unlink(missing_ok=True)
     return 0
 
