@@ -68,7 +68,7 @@ def rig() -> Iterator[Rig]:
 def test_pages_are_where_the_settings_say(rig: Rig) -> None:
     """Health everywhere, metrics on the loopback; what one counts the other shows."""
     rig.start()
-    eventually(lambda: not refuses(rig.health_port) and not refuses(rig.metrics_port))
+    eventually(lambda: not refuses(rig.health_port, "::1") and not refuses(rig.metrics_port))
     rig.sync()
     assert get(rig.health_port, "/healthz", address="::1").status == 200
     text = get(rig.metrics_port, "/metrics").body.decode()

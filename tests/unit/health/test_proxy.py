@@ -71,7 +71,7 @@ def port() -> int:
 @pytest.fixture
 def rig(make_server: Callable[..., HttpServer], port: int) -> Rig:
     rig = Rig(make_server(), f"0.0.0.0:{port}")
-    eventually(lambda: not refuses(port))
+    eventually(lambda: not refuses(port) and not refuses(port, "::1"))
     rig.health.started()
     return rig
 

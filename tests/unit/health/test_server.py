@@ -27,7 +27,9 @@ def serving(server: HttpServer, port: int, *addresses: str) -> HttpServer:
     """Start a server that answers `hello` at these addresses, and wait until it does."""
     server.serve("test", [Site("hello", each, port, hello) for each in addresses or ["127.0.0.1"]])
     server.start()
-    eventually(lambda: not refuses(port))
+    # Sites are opened in their order.
+    last = (addresses or ("127.0.0.1",))[-1]
+    eventually(lambda: not refuses(port, last))
     return server
 
 

@@ -33,7 +33,7 @@ class Rig:
             server=HttpServer("test"),
         )
         self.server.start()
-        eventually(lambda: not refuses(port))
+        eventually(lambda: not refuses(port) and not refuses(port, "::1"))
 
 
 @pytest.fixture
