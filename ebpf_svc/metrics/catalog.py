@@ -75,7 +75,7 @@ SYNC_DURATION = _histogram(
 )
 LAST_QUEUED = _gauge(
     "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
-    "When the last sync was begun. Later than the last_timestamp for long: the sync hangs (MX5).",
+    "When the last sync was begun. Later than the last_timestamp for long: the sync hangs.",
     labels="ip_family",
 )
 LAST_SYNCED = _gauge(
@@ -111,13 +111,13 @@ LIVEZ = _counter(
 )
 PROGRAMMING_DURATION = _histogram(
     "kubeproxy_network_programming_duration_seconds",
-    "From the change of a pod or Service, as its EndpointSlice tells, to this node's kernel (E10).",
+    "From the change of a pod or Service, as its EndpointSlice tells, to this node's kernel.",
     PROGRAMMING_BUCKETS,
     labels="ip_family",
 )
 NO_LOCAL_ENDPOINTS = _gauge(
     "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-    "Service ports whose Local policy drops here, because endpoints are only elsewhere (MX2).",
+    "Service ports whose Local policy drops here, because endpoints are only elsewhere.",
     labels="traffic_policy ip_family",
 )
 FULL_SYNC_DURATION = _histogram(
@@ -160,12 +160,12 @@ IPTABLES_RULES_WRITTEN = _gauge(
 )
 IPTABLES_INVALID_DROPPED = _counter(
     "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
-    "Packets dropped because conntrack calls them invalid; absent without nfacct (MX4).",
+    "Packets dropped because conntrack calls them invalid; absent without nfacct.",
     modes=("iptables",),
 )
 IPTABLES_LOCALHOST_ACCEPTED = _counter(
     "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
-    "Packets to node ports on loopback addresses; absent without nfacct (MX4).",
+    "Packets to node ports on loopback addresses; absent without nfacct.",
     modes=("iptables",),
 )
 CONNTRACK_DURATION = _histogram(
@@ -264,7 +264,7 @@ BACKENDS = _gauge(
 )
 REFUSING = _gauge(
     "ebpf_svc_service_ports_without_endpoints",
-    "Service ports that refuse connections because they have no endpoint anywhere (P2).",
+    "Service ports that refuse connections because they have no endpoint anywhere.",
     labels="ip_family",
 )
 HEALTH_CHECKS = _gauge(

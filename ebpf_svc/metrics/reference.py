@@ -44,7 +44,7 @@ def _table(rows: Iterable[str]) -> str:
 
 
 def _row(spec: Spec) -> str:
-    only = f" Only in mode {' and '.join(spec.modes)}." if spec.modes else ""
+    only = f" Only in mode {', '.join(spec.modes)}." if spec.modes else ""
     labels = ", ".join(spec.labels)
     return f"| `{spec.name}` | {spec.kind.value} | {labels} | {spec.help}{only} |"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,8 @@ def test_reference_names_every_metric_with_its_labels() -> None:
     for spec in SPECS.values():
         assert f"`{spec.name}`" in text
     assert "| `ebpf_svc_dropped_packets_total` | counter | reason |" in text
+
+
+def test_page_is_up_to_date() -> None:
+    """python -m ebpf_svc.metrics.reference > docs/metrics.md writes it."""
+    assert (Path(__file__).parents[3] / "docs" / "metrics.md").read_text() == reference()
