@@ -289,19 +289,9 @@ def notice() -> None:
     try:
         signs, left = running(os.getpid()), leftovers()
     except (DataplaneError, OSError, ValueError) as error:
-        log.debug("kubeproxy.unknown", error=str(error))
+        log.debug("kube-proxy.unknown", error=str(error))
         return
-    if signs:
-        log.warning(
-            "kubeproxy.running",
-            details=[f"{sign.what}: {sign.detail}" for sign in signs],
-            reason="both serve: stop kube-proxy, then run the command",
-            command="ebpf-svc migrate",
-        )
-    elif left:
-        log.warning(
-            "kubeproxy.left",
-            details=list(left),
-            reason="rules nobody keeps up to date: the command removes them",
-            command="ebpf-svc migrate",
-        )
+    found = [*(f"{sign.what}: {sign.detail}" for sign in signs), *left]
+    if found:
+        what = "runs here" if signs else "has run here; its rules still act"
+        log.warning("kube-proxy.beside", reason=what, details=found, command="ebpf-svc migrate")

@@ -237,21 +237,23 @@ def test_agent_and_check_say_beside_whom_they_start(site: Site, mode: str) -> No
     site.kube_proxy(mode)
     with kube_proxy_process(site):
         site.agent.start()
-        line = eventually(lambda: _logged(site, "kubeproxy.running"))
+        (line,) = eventually(lambda: _warnings(site))
         assert any("process" in detail for detail in line["details"])
         site.agent.stop()
     site.agent.start()
-    line = eventually(lambda: _logged(site, "kubeproxy.left"))
+    _, line = eventually(lambda: _warnings(site), until=lambda lines: len(lines) == 2)
     assert line["command"] == "ebpf-svc migrate"
+    assert line["details"]
+    assert not any("process" in detail for detail in line["details"])
     found = json.loads(site.agent.command("check", "--json"))["checks"]
     states = {each["name"]: each["ok"] for each in found if each["of"] == "kube-proxy"}
     assert states == {"process": True, "rules": False}
 
 
-def _logged(site: Site, event: str) -> dict[str, Any]:
-    """The first line of that event; empty when there is none yet."""
+def _warnings(site: Site) -> list[dict[str, Any]]:
+    """What the agent has logged about kube-proxy."""
     lines = map(json.loads, site.agent.log_path.read_text().splitlines())
-    return next((line for line in lines if line["event"] == event), {})
+    return [line for line in lines if line["event"] == "kube-proxy.beside"]
 
 
 def test_our_own_health_port_is_not_taken_for_kube_proxys(site: Site) -> None:
