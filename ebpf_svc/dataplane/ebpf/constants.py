@@ -91,7 +91,8 @@ HAIRPIN_ADDRESS = {Family.V4: "169.254.42.1", Family.V6: "fd42:6562:7066::1"}
 DISCARD_ADDRESS = {Family.V4: "169.254.42.2", Family.V6: "fd42:6562:7066::2"}
 """Where a socket hook sends what must be dropped silently (P3); the egress program discards it."""
 MASQUERADE_MARK = 0x4000
-"""Kube-proxy's default mark (I16); one netfilter rule masquerades packets that carry it."""
+"""Kube-proxy's default mark (I16), unless settings name another; one netfilter rule masquerades
+packets that carry it."""
 
 
 def _words(address: str, family: Family) -> str:
@@ -113,6 +114,7 @@ def node_defines(
     cluster_cidrs: Sequence[str],
     translate_pods: bool,
     kernel: tuple[int, int],
+    masquerade_mark: int = MASQUERADE_MARK,
 ) -> dict[str, str]:
     """What is compiled in for this node: its pods' prefix, its kernel's abilities, its options.
 
@@ -121,12 +123,14 @@ def node_defines(
         cluster_cidrs: prefixes of pods; the first of the family counts (D1).
         translate_pods: the socket hooks act for pods, not only for host processes.
         kernel: major and minor version.
+        masquerade_mark: the bit of the mark that asks for masquerading.
     """
     flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
     node = {
         "CSUM_FAMILY_FLAG": str(flag),
         "HAVE_SET_RETVAL": str(int(kernel >= (5, 18))),
         "SOCKET_LB_PODS": str(int(translate_pods)),
+        "MASQUERADE_MARK": hex(masquerade_mark),
     }
     for prefix in cluster_cidrs:
         if family_of(prefix) is family:

@@ -63,6 +63,7 @@ class EbpfDataplane:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._mark = 1 << settings.masquerade_bit
         self._lock = threading.RLock()
         self._running: _Running | None = None
 
@@ -120,7 +121,7 @@ class EbpfDataplane:
             )
             undo.callback(programs.close)
             steps.done("load")
-            rules = nft.masquerade_rules(constants.MASQUERADE_MARK)
+            rules = nft.masquerade_rules(self._mark)
             rules.apply()
             attachments = Attachments(programs, settings)
             attachments.start()
@@ -184,7 +185,7 @@ class EbpfDataplane:
 
     def parts(self) -> list[KernelPart]:
         """Every map, filter, hook and rule of ours in this kernel; works without `open`."""
-        return inventory.parts(self._settings.ebpf)
+        return inventory.parts(self._settings.ebpf, self._mark)
 
     def drops(self) -> Mapping[str, int]:
         """Packets not forwarded, by reason; empty while not open."""
@@ -225,7 +226,7 @@ class EbpfDataplane:
         steps: tuple[Callable[[], object], ...] = (
             # Programs first: without them no packet meets half of a dataplane.
             lambda: detach_all(settings),
-            lambda: nft.masquerade_rules(constants.MASQUERADE_MARK).remove(),
+            lambda: nft.masquerade_rules(self._mark).remove(),
             lambda: tables.remove_pins(settings),
         )
         for remove in steps:
@@ -252,6 +253,7 @@ class EbpfDataplane:
                 cluster_cidrs=self._settings.cluster_cidrs,
                 translate_pods=self._settings.ebpf.socket_lb is SocketLB.FULL,
                 kernel=(major, minor),
+                masquerade_mark=self._mark,
             )
             for family in self._settings.families
         }

@@ -14,7 +14,7 @@ from pathlib import Path
 from ebpf_svc.config import EbpfSettings
 from ebpf_svc.dataplane.ebpf import filters, flows, hooks
 from ebpf_svc.dataplane.ebpf.codec import Codec
-from ebpf_svc.dataplane.ebpf.constants import MASQUERADE_MARK, FlowState
+from ebpf_svc.dataplane.ebpf.constants import FlowState
 from ebpf_svc.dataplane.ebpf.layout import wire_port
 from ebpf_svc.dataplane.ebpf.programs import NAME_PREFIX, SOCKET_PROGRAMS
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables, pin_dir
@@ -24,13 +24,17 @@ from ebpf_svc.host import bpf, bpf_prog, links, nft, rtnetlink
 from ebpf_svc.model.net import Family, Protocol
 
 
-def parts(settings: EbpfSettings) -> list[KernelPart]:
+def parts(settings: EbpfSettings, mark: int) -> list[KernelPart]:
     """Every pinned map, tc filter, socket hook and netfilter rule of ours.
+
+    Args:
+        settings: where they are.
+        mark: what netfilter masquerades by.
 
     Raises:
         OSError: not root, or the kernel does not answer.
     """
-    return [*_pins(settings), *_filters(), *_hooks(settings), *_rules()]
+    return [*_pins(settings), *_filters(), *_hooks(settings), *_rules(mark)]
 
 
 def _pins(settings: EbpfSettings) -> Iterator[KernelPart]:
@@ -98,11 +102,11 @@ def _program_name(program_id: int) -> str:
         os.close(fd)
 
 
-def _rules() -> Iterator[KernelPart]:
+def _rules(mark: int) -> Iterator[KernelPart]:
     with suppress(CommandError):
-        rules = nft.masquerade_rules(MASQUERADE_MARK)
+        rules = nft.masquerade_rules(mark)
         if rules.exists():
-            yield KernelPart("rules", rules.name, "netfilter", f"masquerade {MASQUERADE_MARK:#x}")
+            yield KernelPart("rules", rules.name, "netfilter", f"masquerade {mark:#x}")
 
 
 def flow_views(family: Family, codec: Codec, tables: FamilyTables) -> Iterator[FlowView]:
