@@ -66,6 +66,7 @@ class Monitoring:
             self._sites("metrics", settings.metrics_bind_address, "FailedToStartMetricServer"),
             mode=dataplane.name,
             configz=self._configz,
+            with_debug=settings.enable_profiling,
         )
         self.observers: tuple[SyncObserver, ...] = (self._health, self._metrics.sync)
 
@@ -79,6 +80,11 @@ class Monitoring:
         _lift_file_limit()
         self._health.start()
         self._server.start()
+
+    def take(self, settings: Settings) -> None:
+        """Go by these settings from now on; the addresses are those of the start."""
+        self._settings = settings
+        self._health.state.set_timeout(UNHEALTHY_PERIODS * settings.resync_period_s)
 
     def stop(self) -> None:
         """Stop answering; may be called again."""

@@ -1,7 +1,7 @@
 """Carry every change of the store to the dataplane: wait, coalesce, plan, apply, retry, read back.
 
-Owns the time table and nothing else. One thread runs it; `request_resync` and `close` may be called
-from any other. Nothing is applied before the store is in sync (rule M4).
+Owns the time table and nothing else. One thread runs it; `request_resync`, `reconfigure` and
+`close` may be called from any other. Nothing is applied before the store is in sync (rule M4).
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ class SyncLoop:
         self._status = StatusWriter(settings.run_dir, mode=dataplane.name, node=settings.node_name)
         self._closing = threading.Event()
         self._resync_wanted = False
+        self._wanted = planner, settings
+        """Replaced as one by `reconfigure`; the loop's thread takes it over."""
         self._crash: BaseException | None = None
         self._ready = False
         self._failures = 0
@@ -145,6 +147,11 @@ class SyncLoop:
         """Read the kernel back soon, not only when the period is over."""
         self._resync_wanted = True
         self._store.changed.set()
+
+    def reconfigure(self, planner: Planner, settings: Settings) -> None:
+        """Go on with another planner and time table from the next sync on, which comes soon."""
+        self._wanted = planner, settings
+        self.request_resync()
 
     def close(self) -> None:
         """Make `run()` return; an apply under way is finished first."""
@@ -182,6 +189,7 @@ class SyncLoop:
     def _sync(self) -> None:
         # Cleared before the snapshot is taken: a change in between costs a sync, never is lost.
         self._store.changed.clear()
+        self._planner, self._settings = self._wanted
         started = self._clock.now()
         resync = self._resync_wanted or self._in_doubt or started >= self._resync_at
         snapshot = self._store.snapshot()

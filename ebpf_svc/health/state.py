@@ -99,6 +99,11 @@ class HealthState:
         """Time of the last sync, by the clock that is shown."""
         self._node_eligible = True
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Take another age at which a change makes its family unhealthy."""
+        with self._lock:
+            self._timeout_s = timeout_s
+
     def queued(self, family: Family) -> None:
         """A change waits; one that waits already is the older."""
         with self._lock:

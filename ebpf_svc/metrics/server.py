@@ -20,7 +20,7 @@ from ebpf_svc.health.http import (
     text_response,
 )
 from ebpf_svc.health.server import HttpServer, Site
-from ebpf_svc.metrics import catalog
+from ebpf_svc.metrics import catalog, debug
 from ebpf_svc.metrics.collect import KernelCollector, PlanCollector
 from ebpf_svc.metrics.make import CONTENT_TYPE, counter, exposition, gauge
 from ebpf_svc.metrics.sync import SyncMetrics
@@ -83,6 +83,7 @@ class MetricsServer:
         *,
         mode: str,
         configz: Callable[[], Mapping[str, Any]],
+        with_debug: bool = False,
         server: HttpServer | None = None,
     ) -> None:
         """Bind the parts; nothing listens yet.
@@ -92,9 +93,11 @@ class MetricsServer:
             sites: where a handler is to answer, see `health.bind.sites_of`; none = nowhere.
             mode: the word of /proxyMode.
             configz: the settings in force, as a KubeProxyConfiguration.
+            with_debug: /debug shows what the process is made of.
             server: None = one with the usual patience.
         """
         self._metrics, self._sites, self._mode, self._configz = metrics, sites, mode, configz
+        self._with_debug = with_debug
         self._server = server or HttpServer("metrics")
 
     def start(self) -> None:
@@ -106,6 +109,7 @@ class MetricsServer:
                 "/healthz": self._healthz,
                 "/proxyMode": lambda request: text_response(self._mode),
                 "/configz": lambda request: json_response({CONFIGZ_KEY: self._configz()}),
+                **(debug.PAGES if self._with_debug else {}),
             }
         )
         self._server.serve(OWNER, tuple(self._sites(handler)))

@@ -20,7 +20,7 @@ from tests.lib.waiting import eventually
 class Rig:
     """A metrics server of an agent with a dataplane in memory."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, with_debug: bool = False) -> None:
         self.port = port
         self.metrics = Metrics(FakeDataplane(), tuple(Family))
         self.server = MetricsServer(
@@ -30,6 +30,7 @@ class Rig:
             ),
             mode="ebpf",
             configz=lambda: {"kind": "KubeProxyConfiguration"},
+            with_debug=with_debug,
             server=HttpServer("test"),
         )
         self.server.start()
@@ -50,7 +51,18 @@ def test_pages_are_kube_proxys(rig: Rig) -> None:
     assert get(rig.port, "/configz").json == {
         "kubeproxy.config.k8s.io": {"kind": "KubeProxyConfiguration"}
     }
-    assert get(rig.port, "/").status == get(rig.port, "/debug/pprof/").status == 404
+    assert get(rig.port, "/").status == get(rig.port, "/debug/threads").status == 404
+
+
+def test_debug_pages_answer_where_asked_for() -> None:
+    """enableProfiling shows where threads stand and what memory holds; else nobody sees it."""
+    rig = Rig(free_port(), with_debug=True)
+    try:
+        assert b"test_debug_pages" in get(rig.port, "/debug/threads").body
+        assert b" dict" in get(rig.port, "/debug/objects").body
+        assert get(rig.port, "/healthz").body == b"ok"
+    finally:
+        rig.server.stop()
 
 
 def test_metrics_come_in_the_text_format(rig: Rig) -> None:

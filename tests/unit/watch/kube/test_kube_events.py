@@ -118,7 +118,11 @@ def test_refused_event_is_dropped_and_said(server: MockApiServer, status: int) -
         eventually(lambda: notes(server), until=bool)
     assert notes(server) == ["next"]
     (line,) = [line for line in lines if line["event"] == "event.dropped"]
-    assert (line["object"], line["reason"], line["details"]) == ("Service shop/web", "Invalid", "why")
+    assert (line["object"], line["reason"], line["details"]) == (
+        "Service shop/web",
+        "Invalid",
+        "why",
+    )
 
 
 def test_newest_events_wait_for_an_absent_server(server: MockApiServer) -> None:
