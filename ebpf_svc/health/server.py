@@ -42,6 +42,8 @@ LINGER_S = 1.0
 connection if it sent more than was read, and lose the answer."""
 CONNECTIONS_MAX = 256
 """Beyond, the oldest connection goes for the new one."""
+ANSWERS_MAX_BYTES = 16 << 20
+"""Beyond, of the clients that do not read the oldest goes: a page of metrics may be a megabyte."""
 BACKLOG = 128
 
 log = get_logger(__name__)
@@ -76,9 +78,10 @@ class HttpServer:
         write_s: float = WRITE_S,
         retry_s: float = RETRY_S,
         connections_max: int = CONNECTIONS_MAX,
+        answers_max_bytes: int = ANSWERS_MAX_BYTES,
     ) -> None:
         self._read_s, self._write_s, self._retry_s = read_s, write_s, retry_s
-        self._connections_max = connections_max
+        self._connections_max, self._answers_max_bytes = connections_max, answers_max_bytes
         self._lock = threading.Lock()
         self._wanted: dict[str, dict[Site, Site]] = {}
         self._is_stale = self._is_closing = False
@@ -218,6 +221,18 @@ class HttpServer:
         self._selector.modify(
             connection.socket, events, self._selector.get_key(connection.socket).data
         )
+        if is_writing:
+            self._bound_answers()
+
+    def _bound_answers(self) -> None:
+        """Keep what clients have not read yet from filling the memory."""
+        writing = [each for each in self._connections.values() if each.unread_bytes]
+        excess = sum(each.unread_bytes for each in writing) - self._answers_max_bytes
+        for each in writing[:-1]:
+            if excess <= 0:
+                return
+            excess -= each.unread_bytes
+            self._drop(each)
 
     def _drop_oldest(self) -> bool:
         """Make room for a connection; False when there is none to drop."""
@@ -261,6 +276,11 @@ class _Connection:
         """Monotonic time at which patience ends."""
         self._received = bytearray()
         self._left = memoryview(b"")
+
+    @property
+    def unread_bytes(self) -> int:
+        """What is left of the answer."""
+        return len(self._left)
 
     def advance(self) -> None:
         """Go as far as the socket lets us; raises OSError, BlockingIOError among them."""

@@ -232,7 +232,7 @@ EVENT_TO_KERNEL = _histogram(
 WRITES = _counter(
     "ebpf_svc_writes_total",
     "Entries put or deleted in the kernel.",
-    labels="table",
+    labels="map",
 )
 REPAIRS = _counter(
     "ebpf_svc_repairs_total",

@@ -121,6 +121,47 @@ def test_client_that_does_not_read_is_cut(make_server: MakeServer) -> None:
         assert received < len(page)
 
 
+def reluctant(port: int) -> socket.socket:
+    """A client that asks and takes next to nothing of the answer."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert client.recv(1)
+    return client
+
+
+def received(client: socket.socket) -> int:
+    """How much comes until the end; 0 when the connection is reset."""
+    client.settimeout(2)
+    try:
+        return sum(map(len, iter(lambda: client.recv(1 << 20), b"")))
+    except ConnectionResetError:
+        return 0
+
+
+def test_answers_nobody_reads_do_not_fill_the_memory(make_server: MakeServer) -> None:
+    """Of many clients that do not read the oldest are cut, the newest is waited for."""
+    port, page = free_port(), bytes(10_000_000)
+    server = make_server(write_s=30.0, answers_max_bytes=15_000_000)
+    server.serve(
+        "test",
+        [Site("big", "127.0.0.1", port, lambda request: Response(200, page, "image/x"))],
+    )
+    server.start()
+    eventually(lambda: not refuses(port))
+    lazy = [reluctant(port) for _ in range(5)]
+    try:
+        assert get(port).body == page
+        served = [received(client) > len(page) for client in lazy]
+        assert served[0] is False
+        assert served[-1] is True
+        assert served == sorted(served)
+    finally:
+        for client in lazy:
+            client.close()
+
+
 def test_many_silent_clients_leave_room_for_an_honest_one(make_server: MakeServer) -> None:
     """When connections run out the oldest that only waits goes."""
     port = free_port()

@@ -235,7 +235,7 @@ def test_writes_repairs_and_problems_are_counted(rig: Rig) -> None:
     rig.apply(details={"frontends4": 3, "slots": 7})
     rig.apply(details={"slots": 1}, repaired=("a", "b"), problems=(bad,))
     collected = rig.collect()
-    assert collected.values("ebpf_svc_writes_total", "table") == {"frontends4": 3, "slots": 8}
+    assert collected.values("ebpf_svc_writes_total", "map") == {"frontends4": 3, "slots": 8}
     assert collected.value("ebpf_svc_repairs_total") == 2
     assert collected.values("ebpf_svc_problems", "kind") == {"invalid": 2, "conflict": 1}
 
