@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey, ServicePlan
+from ebpf_svc.model.identity import differences
 
 
 class Operation(NamedTuple):
@@ -128,10 +129,12 @@ class FakeDataplane:
         self, desired: DesiredState, failed: list[ApplyError]
     ) -> dict[PlanKey, ServicePlan | None]:
         """Service ports to write (None: to delete); those told to fail go to `failed`."""
+        plans = desired.plans
         work: dict[PlanKey, ServicePlan | None] = {
-            key: plan for key, plan in desired.plans.items() if self._clean.get(key) is not plan
+            key: plans.get(key) for key in differences(self._clean, plans)
         }
-        work.update((key, None) for key in self._applied if key not in desired.plans)
+        if len(self._applied) != len(self._clean):
+            work.update((key, None) for key in self._applied if key not in plans)
         for key in list(work):
             left = self._failing.get(key, 0)
             if left:

@@ -17,6 +17,9 @@ class Family(IntEnum):
     V4 = 4
     V6 = 6
 
+    # An enumeration's own hash is a line of Python, and members are in every key.
+    __hash__ = int.__hash__
+
     @property
     def label(self) -> str:
         """The label value kube-proxy's metrics use (rule MX1)."""
@@ -29,6 +32,8 @@ class Protocol(StrEnum):
     TCP = "TCP"
     UDP = "UDP"
     SCTP = "SCTP"
+
+    __hash__ = str.__hash__
 
     @property
     def number(self) -> int:
