@@ -72,7 +72,7 @@ bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty pro
 bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, memory (root)
 	@.venv/bin/ebpf-svc bench apply $(if $(JSON),--json '$(JSON)') $(ARGS)
 
-bench-watch: bootstrap ## from an API server to the dataplane: lists, events, memory
+bench-watch: need-root bootstrap ## from an API server to the maps: lists, events, memory (root)
 	@.venv/bin/ebpf-svc bench watch $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 clean: ## remove what builds and tests left in this folder, not .venv

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ebpf_svc.config import Settings
-from ebpf_svc.dataplane.base import ApplyReport, Dataplane
+from ebpf_svc.dataplane.base import ApplyReport
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import DesiredState, PlanKey
@@ -30,6 +30,15 @@ FAILURES_LOGGED = 5
 """Service ports named in the line of a sync that failed in part; the status file has them all."""
 
 log = get_logger(__name__)
+
+
+class AppliesStates(Protocol):
+    """What of a dataplane the loop uses, once it is open."""
+
+    name: str
+
+    def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
+        """As `Dataplane.apply`."""
 
 
 class SnapshotSource(Protocol):
@@ -110,7 +119,7 @@ class SyncLoop:
         self,
         store: SnapshotSource,
         planner: Planner,
-        dataplane: Dataplane,
+        dataplane: AppliesStates,
         settings: Settings,
         clock: Clock | None = None,
         *,

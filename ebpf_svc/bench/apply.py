@@ -10,18 +10,15 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebpf_svc.bench.maps import artifacts_in, fresh_maps
 from ebpf_svc.bench.population import Population
 from ebpf_svc.bench.record import Record
-from ebpf_svc.config import EbpfSettings, Settings
-from ebpf_svc.dataplane.ebpf import compiler, constants, tables
+from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
-from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
-from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.model.net import Family
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
@@ -71,7 +68,7 @@ def run(json_path: Path | None = None, options: Options = DEFAULTS) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="ebpf-svc-bench-") as scratch:
         folder = Path(scratch)
-        artifacts = _artifacts(folder / "cache")
+        artifacts = artifacts_in(folder / "cache")
         for services in options.services:
             _measure_maps(
                 record, Population(services, options.endpoints), options, artifacts, folder
@@ -96,7 +93,7 @@ def _measure_maps(
     is_full = population.services == _FULL_SIZE
     plan_s, apply_s, both_s = [], [], []
     for _ in range(options.cold):
-        with _maps(artifacts, folder) as forwarding:
+        with fresh_maps(artifacts, folder) as forwarding:
             planner, snapshot = _planner(), population.snapshot()
             gc.collect()
             started = time.perf_counter()
@@ -112,7 +109,7 @@ def _measure_maps(
     record.add(f"{name} cold, plan", plan_s, "s")
     record.add(f"{name} cold, apply", apply_s, "s")
     record.add(f"{name} cold, map writes", [report.writes], "writes")
-    with _maps(artifacts, folder) as forwarding:
+    with fresh_maps(artifacts, folder) as forwarding:
         planner, snapshot = _planner(), population.snapshot()
         forwarding.apply(planner.plan(snapshot))
         gc.collect()
@@ -180,28 +177,6 @@ def _memory_mib(pid: int) -> tuple[float, float]:
 
 def _planner() -> Planner:
     return Planner(PlanOptions.from_settings(Settings()))
-
-
-@contextmanager
-def _maps(artifacts: dict[Family, Artifact], folder: Path) -> Iterator[Forwarding]:
-    """Fresh maps of an agent's default sizes, gone afterwards."""
-    settings = EbpfSettings(bpffs=folder / "bpf")
-    opened = Tables.open(settings, artifacts)
-    try:
-        forwarding = Forwarding(opened, settings)
-        forwarding.adopt()
-        yield forwarding
-    finally:
-        opened.close()
-        tables.remove_pins(settings)
-
-
-def _artifacts(cache_dir: Path) -> dict[Family, Artifact]:
-    node = {
-        family: constants.node_defines(family, cluster_cidrs=(), translate_pods=True, kernel=(6, 1))
-        for family in Family
-    }
-    return compiler.obtain(tuple(Family), cache_dir, extra_defines=node)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -26,11 +26,12 @@ from typing import Any
 from ebpf_svc import log
 from ebpf_svc.bench import apiobjects
 from ebpf_svc.bench.apiserver import MockApiServer
+from ebpf_svc.bench.maps import artifacts_in, fresh_maps
 from ebpf_svc.bench.record import Record
 from ebpf_svc.config import KubernetesSettings, Settings
 from ebpf_svc.daemon import settle_memory
 from ebpf_svc.dataplane.base import ApplyReport
-from ebpf_svc.dataplane.fake import FakeDataplane
+from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.model.desired import DesiredState
 from ebpf_svc.model.endpoint import EndpointSlice
 from ebpf_svc.model.snapshot import Snapshot
@@ -40,7 +41,7 @@ from ebpf_svc.sync import SyncLoop
 from ebpf_svc.watch.kubernetes import KubernetesSource
 from ebpf_svc.watch.store import Store
 
-FIRST_PLAN_S, STORE_MS, APPLY_MS, RESIDENT_MIB = 2.5, 2.0, 10.0, 150.0
+FIRST_PLAN_S, APPLY_MS, RESIDENT_MIB = 2.5, 10.0, 150.0
 """What shall be reached, with 10,000 Services of ten endpoints."""
 _FULL_SIZE = 10_000
 _NODE = "node-1"
@@ -58,7 +59,7 @@ class Options:
     rate: float = 100.0
     """Changes of slices a second, at random times."""
     seconds: float = 10.0
-    pauses_ms: Sequence[float] = (Settings().min_sync_period_s * 1000, 2.0)
+    pauses_ms: Sequence[float] = (Settings().min_sync_period_s * 1000, 20.0)
     """Shortest pauses between two applies to measure with; the first is the agent's default."""
 
 
@@ -120,16 +121,10 @@ def _measure_events(
         result = subject.recv()
     name = f"{options.rate:g} events/s, {pause_ms:g} ms pause"
     is_full = options.services == _FULL_SIZE
-    store = record.add(
-        f"{name}, socket to store",
-        result["store_ms"],
-        "ms",
-        limit=STORE_MS if is_full else None,
-        judged="p99",
-    )
+    store = record.add(f"{name}, socket to store", result["store_ms"], "ms")
     assert len(store.samples) == sent, f"{sent} events sent, {len(store.samples)} received"
     record.add(
-        f"{name}, socket to dataplane",
+        f"{name}, socket to maps",
         result["apply_ms"],
         "ms",
         limit=APPLY_MS if is_full else None,
@@ -228,17 +223,18 @@ class _TimedPlanner(Planner):
         return super().plan(snapshot)
 
 
-class _TimedDataplane(FakeDataplane):
-    """Notes when changes are in the dataplane."""
+class _TimedMaps:
+    """Notes when changes are in the kernel's maps."""
 
-    def __init__(self, planner: _TimedPlanner) -> None:
-        super().__init__()
-        self._planner = planner
+    name = "ebpf"
+
+    def __init__(self, planner: _TimedPlanner, maps: Forwarding) -> None:
+        self._planner, self._maps = planner, maps
         self.apply_ms: list[float] = []
         self.sync_ms: list[float] = []
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
-        report = super().apply(desired, resync=resync)
+        report = self._maps.apply(desired, resync=resync)
         now_s = time.time()
         self.apply_ms += [(now_s - made_s) * 1000 for made_s in self._planner.planned]
         self.sync_ms.append((time.perf_counter() - self._planner.started_s) * 1000)
@@ -298,26 +294,27 @@ def _follow(pipe: Connection, url: str, min_sync_period_s: float) -> None:
     store.set_local_addresses(("127.0.0.1", "192.168.0.11"))
     planner = _TimedPlanner(PlanOptions.from_settings(Settings()))
     planner.store = store
-    dataplane = _TimedDataplane(planner)
-    dataplane.open()
     ready = threading.Event()
     source = KubernetesSource(KubernetesSettings(master=url), store)
-    with tempfile.TemporaryDirectory(prefix="ebpf-svc-bench-") as scratch:
-        settings = Settings(run_dir=Path(scratch), min_sync_period_s=min_sync_period_s)
-        loop = SyncLoop(store, planner, dataplane, settings, on_ready=ready.set)
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ebpf-svc-bench-")))
+        artifacts = artifacts_in(Settings().ebpf.cache_dir)
+        maps = _TimedMaps(planner, undo.enter_context(fresh_maps(artifacts, folder)))
+        settings = Settings(run_dir=folder, min_sync_period_s=min_sync_period_s)
+        loop = SyncLoop(store, planner, maps, settings, on_ready=ready.set)
         source.start()
         thread = threading.Thread(target=loop.run)
         thread.start()
         assert ready.wait(_DEADLINE_S)
         time.sleep(1)
         settle_memory()
-        dataplane.sync_ms.clear()
+        maps.sync_ms.clear()
         used_s = time.process_time()
         pipe.send("ready")
         expected = pipe.recv()
         cpu_s = time.process_time() - used_s
         deadline_s = time.monotonic() + 5
-        while len(dataplane.apply_ms) < expected and time.monotonic() < deadline_s:
+        while len(maps.apply_ms) < expected and time.monotonic() < deadline_s:
             time.sleep(0.01)
         loop.close()
         thread.join()
@@ -325,8 +322,8 @@ def _follow(pipe: Connection, url: str, min_sync_period_s: float) -> None:
     pipe.send(
         {
             "store_ms": store.store_ms,
-            "apply_ms": dataplane.apply_ms,
-            "sync_ms": dataplane.sync_ms,
+            "apply_ms": maps.apply_ms,
+            "sync_ms": maps.sync_ms,
             "cpu_s": cpu_s,
         }
     )

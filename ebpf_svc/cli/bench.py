@@ -25,7 +25,7 @@ def command(what: str, options: tuple[str, ...]) -> None:
     What:
       packet   nanoseconds per packet of the loaded programs (--quick: less of it)
       apply    seconds from a change to the kernel, writes and memory
-      watch    from an API server to the dataplane: lists, events, memory
+      watch    from an API server to the maps: lists, events, memory
 
     \b
     Example:

@@ -167,7 +167,7 @@ class Settings(Section):
     """
     resync_period_s: Seconds = Field(default=30.0, gt=0)
     """How often the kernel is read back and drift repaired."""
-    min_sync_period_s: Seconds = Field(default=0.005, ge=0)
+    min_sync_period_s: Seconds = Field(default=0.002, ge=0)
     """Shortest pause between the end of one apply and the start of the next (R2): a rollout becomes
     few writes. At most `resync_period_s`.
     """

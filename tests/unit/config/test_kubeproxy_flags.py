@@ -135,9 +135,9 @@ def test_flag_sets_its_setting(words: str, changed: Mapping[str, Any]) -> None:
     [
         ("--iptables-sync-period=1m --iptables-min-sync-period=0", 60, 0),
         ("--proxy-mode=nftables --iptables-sync-period=1m --iptables-min-sync-period=2s", 60, 2),
-        ("--proxy-mode=ipvs --iptables-sync-period=1m --iptables-min-sync-period=2s", 30, 0.005),
+        ("--proxy-mode=ipvs --iptables-sync-period=1m --iptables-min-sync-period=2s", 30, 0.002),
         ("--proxy-mode=ipvs --ipvs-sync-period=1m --ipvs-min-sync-period=2s", 60, 2),
-        ("--ipvs-sync-period=1m", 30, 0.005),
+        ("--ipvs-sync-period=1m", 30, 0.002),
     ],
 )
 def test_periods_follow_the_mode(words: str, resync_s: float, pause_s: float) -> None:
