@@ -151,7 +151,7 @@ def say_who_else(settings: Settings, recorder: EventRecorder) -> None:
     try:
         signs = kubeproxy.running(os.getpid())
         left = kubeproxy.leftovers(settings.families)
-    except (OSError, DataplaneError) as error:
+    except (OSError, DataplaneError, ValueError) as error:
         log.warning("kube-proxy.unknown", error=str(error))
         return
     if not signs and not left:

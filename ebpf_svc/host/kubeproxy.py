@@ -20,7 +20,6 @@ from pathlib import Path
 from ebpf_svc.errors import CommandError, DataplaneError
 from ebpf_svc.host import iptables
 from ebpf_svc.host.command import run
-from ebpf_svc.log import get_logger
 from ebpf_svc.model.net import Family
 
 HEALTH_PORT, METRICS_PORT = 10256, 10249
@@ -53,9 +52,6 @@ _OURS = re.compile(r"\bebpf[_-]svc\b.* run\b|\bebpf_svc\.cli\b")
 _LISTEN = "0A"
 _SERVICE_ADDRESS = re.compile(r"([0-9a-f.:]+) \. (tcp|udp|sctp) \. (\d+)")
 _SERVICE_NODE_PORT = re.compile(r"(tcp|udp|sctp) \. (\d+)")
-
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,16 +278,3 @@ def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
             if mangle and CANARY in mangle.chains:
                 found.append(f"chain {CANARY} and others ({variant})")
     return tuple(found)
-
-
-def notice() -> None:
-    """Tell the log beside what kube-proxy the agent starts; never raises for what it meets."""
-    try:
-        signs, left = running(os.getpid()), leftovers()
-    except (DataplaneError, OSError, ValueError) as error:
-        log.debug("kube-proxy.unknown", error=str(error))
-        return
-    found = [*(f"{sign.what}: {sign.detail}" for sign in signs), *left]
-    if found:
-        what = "runs here" if signs else "has run here; its rules still act"
-        log.warning("kube-proxy.beside", reason=what, details=found, command="ebpf-svc migrate")
