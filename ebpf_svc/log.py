@@ -83,10 +83,9 @@ def configure(
     Args:
         style: JSON lines, or text for a terminal.
         level: the least severe level printed, one of debug, info, warning, error.
-        stream: where lines go; None = stderr.
+        stream: where lines go; None = whatever stderr is when a line is written.
     """
-    stream = stream or sys.stderr
-    on_terminal = stream.isatty()
+    on_terminal = (stream or sys.stderr).isatty()
     if style is LogFormat.AUTO:
         style = LogFormat.CONSOLE if on_terminal else LogFormat.JSON
     last: list[Processor]
@@ -106,7 +105,8 @@ def configure(
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        # Not bound to today's stderr: whoever captures it, as a test does, closes it afterwards.
+        logger_factory=lambda *_: structlog.WriteLogger(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
 
