@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,8 @@ from ebpf_svc.watch.inotify import Changes, FolderWatch
 
 QUIET_S = 0.1
 """Files are read when nothing happened to them for so long: some are written in steps."""
+PATIENCE_S = 2.0
+"""A file somebody has begun to write is not read before so long."""
 RETRY_S = 1.0
 """A folder that went is looked for so often."""
 
@@ -113,17 +116,21 @@ class ConfigWatch:
                     stack.callback(watches[-1].close)
             except WatchError:
                 return not self._stopping(RETRY_S)
-            self._compare()
             changes, fds = Changes(), [self._stop_read, *(each.fileno() for each in watches)]
+            timeout_s: float | None = QUIET_S
             while not changes.lost:
-                ready, _, _ = select.select(fds, [], [])
-                while ready:
-                    if self._stop_read in ready:
-                        return False
-                    for watch in watches:
-                        watch.read(changes)
-                    ready, _, _ = select.select(fds, [], [], QUIET_S)
-                self._compare()
+                ready, _, _ = select.select(fds, [], [], timeout_s)
+                if self._stop_read in ready:
+                    return False
+                for watch in watches:
+                    watch.read(changes)
+                now_s = time.monotonic()
+                if ready or any(watch.busy(now_s, PATIENCE_S) for watch in watches):
+                    timeout_s = QUIET_S
+                else:
+                    self._compare()
+                    timeout_s = None
+            self._compare()
         return not self._stopping(QUIET_S)
 
     def _stopping(self, timeout_s: float) -> bool:

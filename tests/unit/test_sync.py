@@ -518,3 +518,25 @@ def test_removed_service_leaves_the_names_file(rig: Rig) -> None:
         "backends": 0,
         "without_endpoints": 0,
     }
+
+
+def test_other_planner_and_time_table_count_from_the_next_sync_on(rig: Rig) -> None:
+    """Changed settings are carried out at once, and the kernel is read back on the way."""
+    rig.settings = rig.settings.model_copy(update={"resync_period_s": 30.0})
+    rig.store.change()
+    settings = rig.settings.model_copy(update={"resync_period_s": 10.0})
+    other = FakePlanner(plans={})
+    rig.clock.at(5, lambda: rig.loop.reconfigure(other, settings))
+    assert rig.run(until_s=30) == [
+        (0.0, 1, False),
+        (5.0, 1, True),
+        (15.0, 1, True),
+        (25.0, 1, True),
+    ]
+    synced = [detail for _, what, detail in rig.told.calls if what == "applied"]
+    assert [isinstance(each, Synced) and each.desired.plans is other.plans for each in synced] == [
+        False,
+        True,
+        True,
+        True,
+    ]
