@@ -47,4 +47,4 @@ def set_oom_score(score: int) -> None:
     try:
         OOM_SCORE.write_text(str(score))
     except OSError as error:
-        log.warning("agent.oom-score", path=str(OOM_SCORE), error=error.strerror)
+        log.info("agent.oom-score", path=str(OOM_SCORE), error=error.strerror)

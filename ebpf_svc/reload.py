@@ -115,6 +115,7 @@ class ConfigWatch:
                     watches.append(FolderWatch(folder))
                     stack.callback(watches[-1].close)
             except WatchError:
+                self._compare()
                 return not self._stopping(RETRY_S)
             changes, fds = Changes(), [self._stop_read, *(each.fileno() for each in watches)]
             timeout_s: float | None = QUIET_S
