@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #pragma once
 
-/* Why packets of a service were not forwarded. */
+/* What services got, and why packets of theirs were not forwarded. */
 
 static __always_inline void count_drop(__u32 reason)
 {
@@ -15,4 +15,26 @@ static __always_inline int drop(__u32 reason)
 {
 	count_drop(reason);
 	return TC_ACT_SHOT;
+}
+
+/* Services are counted as far as the array reaches. */
+static __always_inline void count_connection(__u32 service)
+{
+	struct service_counters *count = service_counters.lookup(&service);
+
+	if (count)
+		count->connections++;
+}
+
+/* A packet that was translated. What the kernel has merged, or leaves to the
+ * device to split, is one packet of all its bytes.
+ */
+static __always_inline void count_packet(__u32 service, const struct __sk_buff *skb)
+{
+	struct service_counters *count = service_counters.lookup(&service);
+
+	if (count) {
+		count->packets++;
+		count->bytes += skb->len;
+	}
 }

@@ -49,5 +49,6 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	to.dport = pkt.dport;
 	if (rewrite(skb, &pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0) != NEXT)
 		return TC_ACT_SHOT;
+	count_packet(key.service, skb);
 	return FORWARD;
 }

@@ -98,6 +98,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	}
 	if (flows.update(key, flow))
 		return drop(DROP_FLOW_TABLE);
+	count_connection(key->service);
 	return NEXT;
 }
 
@@ -109,7 +110,7 @@ static __always_inline void note_request(struct flow_value *flow, const struct p
 }
 
 static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet *pkt,
-					   const struct flow_value *flow)
+					   const struct flow_value *flow, __u32 service)
 {
 	bool hairpin = flow->flags & FLOW_HAIRPIN;
 	struct rewrite to = {
@@ -124,6 +125,7 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 	verdict = rewrite(skb, pkt, &to, flow->addr_diff, flow->port_diff);
 	if (verdict != NEXT)
 		return verdict;
+	count_packet(service, skb);
 	if (masquerade)
 		skb->mark |= MASQUERADE_MARK;
 	return hairpin ? send_back(skb, pkt->l3) : FORWARD;
@@ -147,7 +149,10 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_remember(pkt);
 	verdict = rewrite(skb, pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0);
-	return verdict == NEXT ? send_back(skb, pkt->l3) : verdict;
+	if (verdict != NEXT)
+		return verdict;
+	count_packet(key.service, skb);
+	return send_back(skb, pkt->l3);
 }
 
 /* The whole of an ingress hook. pod_device: this is the host side of a pod's
@@ -202,5 +207,5 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	}
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);
-	return send_to_backend(skb, &pkt, flow);
+	return send_to_backend(skb, &pkt, flow, key.service);
 }

@@ -222,6 +222,7 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		 */
 		udp_sockets.update(&cookie, &id);
 	}
+	count_connection(frontend->service);
 	set_socket_address(ctx, &backend->at, mapped);
 	return SOCKET_ALLOW;
 }

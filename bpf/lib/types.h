@@ -125,6 +125,13 @@ struct socket_value {
 	__u32 next;		/* the entry to replace */
 };
 
+/* What a service port got, each CPU for itself; both directions. */
+struct service_counters {
+	__u64 connections;
+	__u64 packets;
+	__u64 bytes;
+};
+
 /* Facts of this run that are not worth a compile. */
 struct settings_value {
 	__u64 host_netns;	/* netns cookie of the node */

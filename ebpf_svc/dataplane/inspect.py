@@ -79,6 +79,23 @@ class FlowCounts:
     """Of service ports that are gone."""
 
 
+class Traffic(NamedTuple):
+    """What a service port got since it is served, requests and replies together."""
+
+    connections: int
+    """Flows opened, and destinations chosen at a socket."""
+    packets: int
+    bytes: int
+
+
+@runtime_checkable
+class ShowsTraffic(Protocol):
+    """A backend that counts what each service port gets."""
+
+    def traffic(self) -> Mapping[PlanKey, Traffic]:
+        """By service port; those without any are left out, and all while not open."""
+
+
 @runtime_checkable
 class ShowsDrops(Protocol):
     """A backend that counts packets it did not forward."""

@@ -308,6 +308,25 @@ SERVICE_FLOWS = _gauge(
     "Flows that are alive, by service port; those without any are left out.",
     labels="namespace service port protocol ip_family",
 )
+SERVICE_CONNECTIONS = _counter(
+    "ebpf_svc_service_connections_total",
+    "Connections and flows opened to a service port since this node serves it, also those the "
+    "socket hooks translate. Counted by the kernel, also while no agent runs; service ports "
+    "without any are left out.",
+    labels="namespace service port protocol ip_family",
+)
+SERVICE_PACKETS = _counter(
+    "ebpf_svc_service_packets_total",
+    "Packets to and from a service port that were translated. Packets of connections the socket "
+    "hooks translated are not among them: they need no translation. What the kernel has merged "
+    "(GSO, GRO) is one packet.",
+    labels="namespace service port protocol ip_family",
+)
+SERVICE_BYTES = _counter(
+    "ebpf_svc_service_bytes_total",
+    "Bytes of the packets counted, with their link-layer headers.",
+    labels="namespace service port protocol ip_family",
+)
 START_SECONDS = _gauge(
     "ebpf_svc_start_seconds",
     "How long the steps of this start took.",

@@ -18,6 +18,7 @@ from ebpf_svc.dataplane.inspect import (
     ShowsFlowCounts,
     ShowsSeries,
     ShowsStart,
+    ShowsTraffic,
 )
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.log import get_logger
@@ -26,6 +27,7 @@ from ebpf_svc.metrics.catalog import Spec
 from ebpf_svc.metrics.make import counter, family
 from ebpf_svc.model.desired import DesiredState, FrontendKind, PlanKey, ServicePlan
 from ebpf_svc.model.net import Family
+from ebpf_svc.model.service import ServicePortName
 
 INTERNAL, EXTERNAL = "internal", "external"
 
@@ -108,7 +110,9 @@ class KernelCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Look; called by the registry. What the kernel does not give is left out and counted."""
         yield from self._static()
-        for look in (self._start, self._drops, self._fill, self._flows, self._series):
+        for look in (
+            *(self._start, self._drops, self._fill, self._flows, self._traffic, self._series),
+        ):
             try:
                 yield from list(look())
             except (OSError, DataplaneError) as error:
@@ -149,9 +153,7 @@ class KernelCollector(Collector):
         by_port, draining = family(catalog.SERVICE_FLOWS), family(catalog.DRAINING_FLOWS)
         for (name, of), count in counts.by_port.items():
             totals[of] += count
-            by_port.add_metric(
-                [name.namespace, name.name, name.port, name.protocol.value, of.label], count
-            )
+            by_port.add_metric(_service_port(name, of), count)
         alive = family(catalog.FLOWS)
         for of in counts.draining:
             alive.add_metric([of.label], totals[of])
@@ -159,6 +161,21 @@ class KernelCollector(Collector):
         yield alive
         yield draining
         yield by_port
+
+    def _traffic(self) -> Iterator[Metric]:
+        if not isinstance(self._dataplane, ShowsTraffic):
+            return
+        families = [
+            family(spec)
+            for spec in (
+                *(catalog.SERVICE_CONNECTIONS, catalog.SERVICE_PACKETS, catalog.SERVICE_BYTES),
+            )
+        ]
+        for (name, of), traffic in self._dataplane.traffic().items():
+            labels = _service_port(name, of)
+            for metric, count in zip(families, traffic, strict=True):
+                metric.add_metric(labels, count)
+        yield from families
 
     def _series(self) -> Iterator[Metric]:
         if not isinstance(self._dataplane, ShowsSeries):
@@ -169,6 +186,11 @@ class KernelCollector(Collector):
             metric = found.setdefault(name, family(spec))
             metric.add_metric([labels[label] for label in spec.labels], value)
         yield from found.values()
+
+
+def _service_port(name: ServicePortName, of: Family) -> list[str]:
+    """Labels of a metric by service port."""
+    return [name.namespace, name.name, name.port, name.protocol.value, of.label]
 
 
 def _one(spec: Spec, labels: list[str], value: float) -> Metric:

@@ -256,6 +256,33 @@ def test_syncs_and_flows_are_counted(world: World, publish: Publish) -> None:
     eventually(lambda: metrics(world, node1).get(flows, 0) == 1, within_s=15)
 
 
+def test_traffic_is_counted_by_service(world: World, publish: Publish) -> None:
+    """The packet path counts packets, the socket hooks only the connection they translate."""
+    node1 = world.cluster.nodes[0]
+    web = publish()
+    labels = (
+        f'{{ip_family="IPv4",namespace="tests",port="tcp",protocol="TCP",service="{web.name}"}}'
+    )
+
+    def traffic() -> list[float]:
+        found = metrics(world, node1)
+        return [
+            found.get(f"ebpf_svc_service_{what}_total{labels}", 0)
+            for what in ("connections", "packets", "bytes")
+        ]
+
+    (answer,) = ask(world.sandbox1, web.cluster.v4, 80)
+    assert answer.ok
+    connections, packets, size = before = traffic()
+    # SYN, SYN-ACK, ACK, two messages and the end at least.
+    assert connections == 1
+    assert packets >= 8
+    assert size >= packets * 54
+    (answer,) = ask(node1, web.cluster.v4, 80)
+    assert answer.ok
+    assert traffic() == [2, *before[1:]]
+
+
 def test_metrics_of_every_series_are_sane(world: World) -> None:
     """No series is negative, and tables hold no more than they have room for."""
     collected = metrics(world, world.cluster.nodes[0])

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ebpf_svc.dataplane.ebpf.entries import FrontendValue
@@ -96,8 +96,38 @@ class MemoryArray:
         pass
 
 
-_BITS = {"8": "unsigned char", "16": "unsigned short", "32": "unsigned int"}
-_BYTES = {"unsigned char": 1, "unsigned short": 2, "unsigned int": 4}
+class MemoryCounters:
+    """A per-CPU array, summed already."""
+
+    def __init__(self, name: str, value: Layout, max_entries: int) -> None:
+        self.name, self.value, self.max_entries = name, value, max_entries
+        self.writes = 0
+        self.counts: dict[int, tuple[int, ...]] = {}
+        """Elements that are not zero."""
+
+    def totals(self, wanted: Collection[int]) -> dict[int, tuple[int, ...]]:
+        return {index: self.counts[index] for index in wanted if index in self.counts}
+
+    def clear(self, indexes: Collection[int]) -> None:
+        for index in indexes:
+            self.counts.pop(index, None)
+
+    def close(self) -> None:
+        pass
+
+
+_BITS = {
+    "8": "unsigned char",
+    "16": "unsigned short",
+    "32": "unsigned int",
+    "64": "unsigned long long",
+}
+_BYTES = {
+    "unsigned char": 1,
+    "unsigned short": 2,
+    "unsigned int": 4,
+    "unsigned long long": 8,
+}
 
 
 def _numbers(text: str) -> list[Any]:
@@ -135,7 +165,7 @@ def memory_tables(
 ) -> Tables:
     """Empty maps of these sizes."""
     word, cookie = _layout("__u32"), _layout("__u64")
-    tables: dict[str, MemoryHash | MemoryArray] = {
+    tables: dict[str, MemoryHash | MemoryArray | MemoryCounters] = {
         "slots": MemoryArray("slots", word, slots),
         "udp_sockets": MemoryHash("udp_sockets", cookie, word, 64),
         "settings": MemoryHash("settings", word, word, 1),
@@ -164,6 +194,7 @@ def memory_tables(
                 *_numbers("state:8 flags:8 pad:16"),
             ]
         )
+        counters = _layout(_numbers("connections:64 packets:64 bytes:64"))
         for name, key, value, size in (
             ("frontends", at, frontend, frontends),
             ("backend_index", at, word, backends),
@@ -175,4 +206,7 @@ def memory_tables(
         ):
             tables[f"{name}{number}"] = MemoryHash(f"{name}{number}", key, value, size)
         tables[f"backends{number}"] = MemoryArray(f"backends{number}", backend, backends)
+        tables[f"service_counters{number}"] = MemoryCounters(
+            f"service_counters{number}", counters, frontends
+        )
     return Tables(tables)  # type: ignore[arg-type]

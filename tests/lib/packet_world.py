@@ -27,6 +27,7 @@ from ebpf_svc.dataplane.ebpf.constants import (
 from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
 from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
 from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Table
+from ebpf_svc.dataplane.inspect import Traffic
 from ebpf_svc.host import bpf, bpf_prog
 from ebpf_svc.host.bpf import MapFlag, MapType
 from ebpf_svc.model.net import Family, Protocol, Sources
@@ -35,6 +36,8 @@ from tests.lib.packets import CLUSTER_CIDRS, Address, Result, Wire
 
 HASH_SEED = 0x9E3779B9
 MAP_ENTRIES = 8192
+COUNTED_SERVICES = 4
+"""So few that a test can go beyond."""
 
 IPV4_ONLY, IPV6_ONLY = (
     pytest.mark.parametrize("loaded", [family], indirect=True, ids=[f"ipv{int(family)}"])
@@ -87,8 +90,9 @@ class World(Wire):
         slots.write(0, bytes(self._slots * slots.value.size))
         self._services = self._backends = self._ranges = self._slots = 0
         self.put("settings", {"value": 0}, {"host_netns": 0, "hash_seed": HASH_SEED})
-        for reason in range(len(Drop)):
-            bpf.update(self.tables["drops"].fd, struct.pack("=I", reason), _ZERO_COUNTERS)
+        for name in ("drops", "service_counters"):
+            counters = self._counters(name)
+            counters.clear(range(counters.max_entries))
 
     def run(self, program: str, packet: Packet | bytes, *, mark: int = 0) -> Result:
         """Send a packet through a program; for `_l3` programs it starts with its IP header."""
@@ -220,13 +224,22 @@ class World(Wire):
 
     def drops(self) -> dict[Drop, int]:
         """Counters that are not zero."""
-        counters = self.tables["drops"]
-        assert isinstance(counters, PerCpuArray)
-        return {Drop(i): count for i, count in enumerate(counters.sums()) if count}
+        return {Drop(i): count for i, count in enumerate(self._counters("drops").sums()) if count}
+
+    def traffic(self) -> dict[int, Traffic]:
+        """What services were counted, by id."""
+        counters = self._counters("service_counters")
+        found = counters.totals(range(counters.max_entries))
+        return {service: Traffic(*counts) for service, counts in found.items()}
 
     def l4_addr(self, at: Address, proto: Protocol) -> dict[str, Any]:
         """Fields of a `struct l4_addr`."""
         return {"addr": self._packed(at[0]), "port": wire_port(at[1]), "proto": proto.number}
+
+    def _counters(self, name: str) -> PerCpuArray:
+        table = self.tables[name]
+        assert isinstance(table, PerCpuArray)
+        return table
 
     def _array(self, name: str) -> ArrayTable:
         table = self.tables[name]
@@ -249,11 +262,13 @@ def artifacts(cache_dir: Path) -> dict[Family, Artifact]:
     return compiler.obtain(tuple(Family), cache_dir, extra_defines=node)
 
 
-_ZERO_COUNTERS = bytes(8 * bpf.possible_cpus())
-
-
 def _create(name: str, shape: MapShape) -> Table:
-    sizes = {"sockets": 0, "settings": 1, "drops": len(Drop)}
+    sizes = {
+        "sockets": 0,
+        "settings": 1,
+        "drops": len(Drop),
+        "service_counters": COUNTED_SERVICES,
+    }
     fd = bpf.map_create(
         shape.type,
         key_size=shape.key_size,

@@ -15,6 +15,7 @@ from functools import partial
 from ebpf_svc.dataplane.ebpf.entries import FrontendValue
 from ebpf_svc.dataplane.ebpf.layout import wire_port
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
+from ebpf_svc.dataplane.inspect import Traffic
 from ebpf_svc.errors import LayoutMismatch
 from ebpf_svc.model.desired import Backend, FrontendKey
 from ebpf_svc.model.net import Family, Protocol
@@ -51,6 +52,7 @@ class Codec:
         self.at_raw, self._at_layout = at.packer(*_AT), at
         """Packs an `l4_addr` of what a struct holds: address in bytes, port in wire order."""
         tables.backend_index.key.require(*_AT)
+        tables.service_counters.value.require(*Traffic._fields)
         self._backend, self._backend_layout = backend.packer(*_BACKEND), backend
         self._frontend = tables.frontends.value.packer(*FrontendValue._fields)
         self._frontend_layout = tables.frontends.value

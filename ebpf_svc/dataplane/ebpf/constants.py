@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 
 from ebpf_svc.model.net import Family, Sources, family_of
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
 pin path.
 """

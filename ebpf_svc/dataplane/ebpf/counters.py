@@ -1,4 +1,5 @@
-"""What metrics ask of the maps: drops by reason, how full each is, flows by service port.
+"""What metrics ask of the maps: drops by reason, how full each is, flows and traffic by
+service port.
 
 Called by the metrics server's thread beside the sync loop, so it takes no lock and holds nothing
 up: what the loop changes meanwhile is counted before or after. Whole tables are read at most once
@@ -17,7 +18,7 @@ from ebpf_svc.dataplane.ebpf.flows import idle_limit_s
 from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.table import HashTable
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables, Tables
-from ebpf_svc.dataplane.inspect import FlowCounts, MapFill
+from ebpf_svc.dataplane.inspect import FlowCounts, MapFill, Traffic
 from ebpf_svc.model.desired import PlanKey
 from ebpf_svc.model.net import Family, Protocol
 
@@ -87,6 +88,17 @@ class Counters:
                     found += count
             draining[family] = sum(alive.values()) - found
         return FlowCounts(by_port, draining)
+
+    def traffic(self) -> dict[PlanKey, Traffic]:
+        """What each service port got; the kernel counts on while no agent runs."""
+        by_port: dict[PlanKey, Traffic] = {}
+        for state in self._states.values():
+            records = list(state.records.items())
+            totals = state.tables.service_counters.totals([each.service for _, each in records])
+            for key, record in records:
+                if record.service in totals:
+                    by_port[key] = Traffic(*totals[record.service])
+        return by_port
 
     def _written_by_agent(self) -> Iterator[MapFill]:
         """Maps of which the agent knows the content without a look."""

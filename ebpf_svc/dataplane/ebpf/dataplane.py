@@ -28,12 +28,12 @@ from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.programs import Programs
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
-from ebpf_svc.dataplane.inspect import FlowCounts, FlowView, KernelPart, MapFill
+from ebpf_svc.dataplane.inspect import FlowCounts, FlowView, KernelPart, MapFill, Traffic
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
 from ebpf_svc.host import nft
 from ebpf_svc.host.nft import MasqueradeRules
 from ebpf_svc.log import get_logger
-from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView
+from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey
 from ebpf_svc.model.net import Family
 
 SO_NETNS_COOKIE = 71
@@ -198,6 +198,10 @@ class EbpfDataplane:
     def flow_counts(self) -> FlowCounts:
         """Flows that are alive, by service port; none while not open."""
         return self._running.counters.flow_counts() if self._running else NO_FLOWS
+
+    def traffic(self) -> Mapping[PlanKey, Traffic]:
+        """Connections, packets and bytes by service port; empty while not open."""
+        return self._running.counters.traffic() if self._running else {}
 
     def start_s(self) -> Mapping[str, float]:
         """How long compiling, maps, loading and attaching took; empty while not open."""

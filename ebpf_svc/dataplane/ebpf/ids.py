@@ -100,14 +100,14 @@ class IdPool:
         self._used -= 1
         self._quarantine.add(number)
 
-    def recycle(self, now_s: float) -> int:
-        """Free what has rested long enough, by a monotonic clock; returns how many ids."""
+    def recycle(self, now_s: float) -> list[int]:
+        """Free what has rested long enough, by a monotonic clock; returns the ids."""
         ripe = self._quarantine.ripe(now_s)
         for number in ripe:
             self._state[number] = _FREE
         if ripe:
             self._lowest = min(self._lowest, *ripe)
-        return len(ripe)
+        return ripe
 
 
 class RangePool:

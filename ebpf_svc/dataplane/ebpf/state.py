@@ -115,7 +115,8 @@ class FamilyState:
 
     def recycle(self, now_s: float) -> None:
         """Free what has rested, by a monotonic clock."""
-        self.services.recycle(now_s)
+        # No program counts under an id that has rested; who gets it next starts from zero.
+        self.tables.service_counters.clear(self.services.recycle(now_s))
         self.backends.recycle(now_s)
         self.range_sets.recycle(now_s)
 
@@ -242,6 +243,7 @@ class FamilyState:
             self.put_frontend(key, value)
             self._adopt_lists(orphan, parsed)
         self._adopt_backends()
+        self._forget_counts()
         by_set: dict[int, list[str]] = {set_id: [] for set_id in self.range_sets.users}
         for key, _ in self.tables.source_ranges.items():
             set_id, prefix = self.codec.prefix(key)
@@ -251,6 +253,12 @@ class FamilyState:
                 self.range_sets.adopt(set_id, tuple(sorted(prefixes)))
             except DataplaneError as error:
                 self.damage.append(str(error))
+
+    def _forget_counts(self) -> None:
+        """Zero the counters of ids an earlier run gave back and did not see free."""
+        counters = self.tables.service_counters
+        counting = counters.totals(range(counters.max_entries))
+        counters.clear([service for service in counting if service not in self.orphans])
 
     def _orphan(self, service: int) -> Orphan | None:
         orphan = self.orphans.get(service)

@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ebpf_svc.dataplane.ebpf.layout import Layout
 from ebpf_svc.host import bpf
@@ -18,6 +18,8 @@ from ebpf_svc.host import bpf
 _BATCH = 16_384
 _ONE_BY_ONE = 4
 """Up to this many entries single calls are as fast as a batch."""
+_BLOCK_BYTES = 1 << 20
+"""Of per-CPU values read at a time."""
 
 
 class Table:
@@ -245,23 +247,85 @@ class ArrayTable(Table):
 
 
 class PerCpuArray(Table):
-    """Counters every CPU keeps for itself."""
+    """Counters every CPU keeps for itself: elements of one or more 64-bit fields, indexed."""
 
     def sums(self) -> list[int]:
-        """Each counter, summed over the CPUs."""
-        room = -(-self.value.size // 8) * 8 * bpf.possible_cpus()
-        totals = []
-        for index in range(self.max_entries):
+        """The one field of every element, summed over the CPUs."""
+        totals = self.totals(range(self.max_entries))
+        return [totals.get(index, (0,))[0] for index in range(self.max_entries)]
+
+    def totals(self, wanted: Collection[int]) -> dict[int, tuple[int, ...]]:
+        """The fields of these elements, summed over the CPUs; those all zero are left out.
+
+        An index beyond the array is left out too.
+        """
+        found: dict[int, tuple[int, ...]] = {}
+        fields = self.value.size // 8
+        for index, data in self._counting(wanted):
+            words = memoryview(data).cast("Q")
+            found[index] = tuple(sum(words[field::fields]) for field in range(fields))
+        return found
+
+    def clear(self, indexes: Collection[int]) -> None:
+        """Begin anew from zero. Not counted as writes: nothing of the plan changes."""
+        try:
+            for index, data in self._counting(indexes):
+                bpf.update(self.fd, struct.pack("=I", index), bytes(len(data)))
+        except OSError as error:
+            raise self._fail(error) from error
+
+    @property
+    def _room(self) -> int:
+        """Bytes of one element, all CPUs together."""
+        return -(-self.value.size // 8) * 8 * bpf.possible_cpus()
+
+    def _counting(self, wanted: Collection[int]) -> Iterator[tuple[int, bytes]]:
+        """Those of the elements that are not zero, as the kernel lays them."""
+        wanted = [index for index in wanted if index < self.max_entries]
+        if not wanted:
+            return
+        room, end = self._room, max(wanted) + 1
+        zero = bytes(room)
+        try:
+            # A look-up costs as much as several elements of a batch.
+            if end > _ONE_BY_ONE * len(wanted):
+                yield from self._singly(wanted, room)
+                return
+            chosen = set(wanted)
+            for first, block in self._blocks(end, room):
+                for at in range(0, len(block), room):
+                    index = first + at // room
+                    if index in chosen and (data := block[at : at + room]) != zero:
+                        yield index, data
+        except OSError as error:
+            raise self._fail(error) from error
+
+    def _blocks(self, end: int, room: int) -> Iterator[tuple[int, bytes]]:
+        """The elements below `end`, many at a time: index of the first, data end to end."""
+        first = 0
+        chunk = max(1, min(end, _BLOCK_BYTES // room))
+        try:
+            for _, data, count in bpf.lookup_batches(
+                self.fd, key_size=4, value_size=room, chunk=chunk
+            ):
+                yield first, data
+                first += count
+                if first >= end:
+                    return
+        except OSError as error:
+            if first or not bpf.has_no_batch(error):
+                raise
+            yield from self._singly(range(end), room)
+
+    def _singly(self, wanted: Iterable[int], room: int) -> Iterator[tuple[int, bytes]]:
+        zero = bytes(room)
+        for index in wanted:
             data = bpf.lookup(self.fd, struct.pack("=I", index), room)
-            totals.append(sum(memoryview(data).cast("Q")) if data else 0)
-        return totals
+            if data and data != zero:
+                yield index, data
 
     def _copy(self, old: Table) -> bool:
         assert isinstance(old, PerCpuArray)
-        room = -(-self.value.size // 8) * 8 * bpf.possible_cpus()
-        for index in range(min(self.max_entries, old.max_entries)):
-            key = struct.pack("=I", index)
-            data = bpf.lookup(old.fd, key, room)
-            if data:
-                bpf.update(self.fd, key, data)
+        for index, data in old._counting(range(min(self.max_entries, old.max_entries))):
+            bpf.update(self.fd, struct.pack("=I", index), data)
         return True

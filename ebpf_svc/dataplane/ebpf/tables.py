@@ -29,6 +29,9 @@ SOURCE_RANGE_ENTRIES = 65_536
 FRAGMENT_ENTRIES = 8_192
 """Datagrams whose later fragments may still come, each family."""
 UDP_SOCKET_ENTRIES = 65_536
+COUNTED_SERVICES = 16_384
+"""Service ports counted one by one, each family: every CPU has all the counters, 24 bytes each.
+Ids are dense, so only what a node has beyond that many goes uncounted."""
 
 SHARED = frozenset({"slots", "settings", "drops", "udp_sockets"})
 """Maps both families use; all others exist once a family."""
@@ -51,6 +54,7 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "fragments": FRAGMENT_ENTRIES,
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
+        "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
         "settings": 1,
         "drops": len(constants.Drop),
     }[name]
@@ -95,6 +99,7 @@ class FamilyTables:
     affinity: HashTable
     source_ranges: HashTable
     fragments: HashTable
+    service_counters: PerCpuArray
     sockets: Table
     """Socket storage: the kernel cannot list it."""
 

@@ -12,11 +12,12 @@ from ebpf_svc.dataplane.ebpf.constants import Drop, FlowState
 from ebpf_svc.dataplane.ebpf.counters import Counters, StepTimes
 from ebpf_svc.dataplane.ebpf.flows import CLOSED_S, Flow, is_alive
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
+from ebpf_svc.dataplane.ebpf.ids import GRACE_S
 from ebpf_svc.dataplane.ebpf.layout import wire_port
-from ebpf_svc.dataplane.inspect import FlowCounts, MapFill
+from ebpf_svc.dataplane.inspect import FlowCounts, MapFill, Traffic
 from ebpf_svc.model.desired import ServicePlan
 from ebpf_svc.model.net import Family
-from tests.lib.memory_maps import memory_tables
+from tests.lib.memory_maps import MemoryCounters, memory_tables
 from tests.lib.plans import make_desired, make_frontend, make_plan
 
 WEB = make_plan("web", backends=["10.1.0.1", "10.1.0.2"])
@@ -41,9 +42,14 @@ class Node:
     def __init__(self) -> None:
         self.tables = memory_tables()
         self.tables.drops = Drops()  # type: ignore[assignment]
-        self.agent = Forwarding(self.tables, EbpfSettings())
-        self.counters = Counters(self.tables, self.agent.states)
+        self.restart()
         self._ports = iter(range(1024, 60_000))
+
+    def restart(self) -> None:
+        """Another agent takes over."""
+        self.agent = Forwarding(self.tables, EbpfSettings())
+        self.agent.adopt()
+        self.counters = Counters(self.tables, self.agent.states)
 
     def apply(self, *plans: ServicePlan) -> None:
         assert self.agent.apply(make_desired(*plans)).failed == ()
@@ -73,6 +79,13 @@ class Node:
             flags=0,
         )
         flows.update([(key, value)])
+
+    @property
+    def counts(self) -> dict[int, tuple[int, ...]]:
+        """The programs' counters of services, IPv4."""
+        table = self.tables.family[Family.V4].service_counters
+        assert isinstance(table, MemoryCounters)
+        return table.counts
 
     def service(self, plan: ServicePlan) -> int:
         return self.agent.states[Family.V4].records[plan.key].service
@@ -146,6 +159,43 @@ def test_drops_are_named_by_reason(node: Node) -> None:
     drops = node.counters.drops()
     assert drops["no_local_endpoint"] == 10
     assert [*drops] == [drop.name.lower() for drop in Drop]
+
+
+def test_traffic_is_told_by_service_port(node: Node) -> None:
+    """Each under its service port; one without any is left out."""
+    node.apply(WEB, API, DNS)
+    node.counts[node.service(WEB)] = (1, 2, 300)
+    node.counts[node.service(DNS)] = (4, 5, 600)
+    assert node.counters.traffic() == {WEB.key: Traffic(1, 2, 300), DNS.key: Traffic(4, 5, 600)}
+
+
+def test_service_with_the_id_of_a_gone_one_counts_from_zero(node: Node) -> None:
+    """And one that comes back before its id was free goes on with its counts."""
+    node.apply(WEB)
+    service = node.service(WEB)
+    node.counts[service] = (1, 2, 300)
+    node.apply()
+    node.apply(WEB)
+    assert node.counters.traffic() == {WEB.key: Traffic(1, 2, 300)}
+
+    state = node.agent.states[Family.V4]
+    state.services.release(service)
+    state.recycle(1000.0)
+    assert service in node.counts
+    state.recycle(1000.0 + GRACE_S)
+    assert service not in node.counts
+    assert state.services.take() == service
+
+
+def test_restarted_agent_keeps_the_counts_of_services_that_are_there(node: Node) -> None:
+    """Counts under ids nobody has, which the last agent did not see free, are forgotten."""
+    node.apply(WEB)
+    service = node.service(WEB)
+    node.counts.update({service: (1, 2, 300), service + 1: (4, 5, 600)})
+    node.restart()
+    node.apply(WEB, API)
+    assert node.service(API) == service + 1
+    assert node.counters.traffic() == {WEB.key: Traffic(1, 2, 300)}
 
 
 def test_tables_are_not_read_for_every_collector() -> None:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ebpf_svc.dataplane.fake import FakeDataplane
-from ebpf_svc.dataplane.inspect import FlowCounts, MapFill, Series
+from ebpf_svc.dataplane.inspect import FlowCounts, MapFill, Series, Traffic
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.metrics.collect import KernelCollector, PlanCollector
 from ebpf_svc.model.desired import DesiredState, PlanKey
@@ -131,6 +131,9 @@ class Showing(FakeDataplane):
     def flow_counts(self) -> FlowCounts:
         return FlowCounts({WEB: 4}, {Family.V4: 1, Family.V6: 0})
 
+    def traffic(self) -> Mapping[PlanKey, Traffic]:
+        return {WEB: Traffic(connections=2, packets=30, bytes=4000)}
+
     def start_s(self) -> Mapping[str, float]:
         return {"compile": 0.5}
 
@@ -167,6 +170,10 @@ def test_dataplane_is_shown_as_it_shows_itself() -> None:
         )
         == 4
     )
+    for what, count in (("connections", 2), ("packets", 30), ("bytes", 4000)):
+        name = f"ebpf_svc_service_{what}_total"
+        assert collected.values(name, "service") == {"web": count}
+        assert collected.values(name, "ip_family") == {"IPv4": count}
     assert collected.values("ebpf_svc_flows", "ip_family") == {"IPv4": 5, "IPv6": 0}
     assert collected.values("ebpf_svc_draining_flows", "ip_family") == {"IPv4": 1, "IPv6": 0}
     assert collected.values("ebpf_svc_start_seconds", "step") == {"compile": 0.5}
