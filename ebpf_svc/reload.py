@@ -26,6 +26,8 @@ PATIENCE_S = 2.0
 """A file somebody has begun to write is not read before so long."""
 RETRY_S = 1.0
 """A folder that went is looked for so often."""
+_MOUNTED = "..data"
+"""What is replaced when a mounted ConfigMap changes; the files are links through it."""
 
 log = get_logger(__name__)
 
@@ -117,16 +119,20 @@ class ConfigWatch:
             except WatchError:
                 self._compare()
                 return not self._stopping(RETRY_S)
-            changes, fds = Changes(), [self._stop_read, *(each.fileno() for each in watches)]
+            names = {_MOUNTED, *(path.name for path in self._paths)}
+            seen, fds = Changes(), [self._stop_read, *(each.fileno() for each in watches)]
             timeout_s: float | None = QUIET_S
-            while not changes.lost:
+            while not seen.lost:
                 ready, _, _ = select.select(fds, [], [], timeout_s)
                 if self._stop_read in ready:
                     return False
+                seen, now_s = Changes(), time.monotonic()
                 for watch in watches:
-                    watch.read(changes)
-                now_s = time.monotonic()
-                if ready or any(watch.busy(now_s, PATIENCE_S) for watch in watches):
+                    watch.read(seen)
+                # Others may write beside them all the time, such as our own log.
+                if seen.touched & names or any(
+                    watch.busy(now_s, PATIENCE_S) & names for watch in watches
+                ):
                     timeout_s = QUIET_S
                 else:
                     self._compare()
