@@ -117,26 +117,29 @@ class ConfigWatch:
                     watches.append(FolderWatch(folder))
                     stack.callback(watches[-1].close)
             except WatchError:
-                self._compare()
+                # A file that is there by now may be half a file: it is read once watched.
+                if not any(path.exists() for path in self._paths):
+                    self._compare()
                 return not self._stopping(RETRY_S)
             names = {_MOUNTED, *(path.name for path in self._paths)}
             seen, fds = Changes(), [self._stop_read, *(each.fileno() for each in watches)]
-            timeout_s: float | None = QUIET_S
+            # What happened before there was a watch is found by a look at the content.
+            due_s: float | None = time.monotonic() + QUIET_S
             while not seen.lost:
-                ready, _, _ = select.select(fds, [], [], timeout_s)
+                pause_s = None if due_s is None else max(0.0, due_s - time.monotonic())
+                ready, _, _ = select.select(fds, [], [], pause_s)
                 if self._stop_read in ready:
                     return False
                 seen, now_s = Changes(), time.monotonic()
                 for watch in watches:
                     watch.read(seen)
+                busy = set().union(*(watch.busy(now_s, PATIENCE_S) for watch in watches))
                 # Others may write beside them all the time, such as our own log.
-                if seen.touched & names or any(
-                    watch.busy(now_s, PATIENCE_S) & names for watch in watches
-                ):
-                    timeout_s = QUIET_S
-                else:
+                if (seen.names | busy) & names:
+                    due_s = now_s + QUIET_S
+                elif due_s is not None and now_s >= due_s:
                     self._compare()
-                    timeout_s = None
+                    due_s = None
             self._compare()
         return not self._stopping(QUIET_S)
 

@@ -42,6 +42,8 @@ class Changes:
 
     touched: set[str] = field(default_factory=set)
     """Files written and closed, or moved in: their contents are new, whatever stat says."""
+    names: set[str] = field(default_factory=set, compare=False)
+    """Whatever appeared, went, or was written and closed."""
     any: bool = False
     """Something happened that a look at the folder will show."""
     lost: bool = False
@@ -98,6 +100,7 @@ class FolderWatch:
             self._busy[name] = time.monotonic()
             return
         self._busy.pop(name, None)
+        changes.names.add(name)
         if mask & (_IN_CLOSE_WRITE | _IN_MOVED_TO):
             changes.touched.add(name)
         changes.lost |= bool(mask & _GONE)
