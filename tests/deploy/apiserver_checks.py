@@ -76,13 +76,14 @@ def _pod(pod: Any) -> Iterator[str]:
     for volume in pod["volumes"]:
         if len(volume) != 2:
             yield f"volume {volume['name']} is not of one kind"
+    mounted = {mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]}
+    if unused := set(volumes) - mounted:
+        yield f"volumes nobody mounts: {unused}"
     for container in pod["containers"]:
         mounts = container["volumeMounts"]
         yield from (f"{path} is mounted twice" for path in _twice(m["mountPath"] for m in mounts))
         if unknown := {mount["name"] for mount in mounts} - set(volumes):
             yield f"no such volumes: {unknown}"
-        if unused := set(volumes) - {mount["name"] for mount in mounts}:
-            yield f"volumes nobody mounts: {unused}"
         privileged = container["securityContext"].get("privileged", False)
         for mount in mounts:
             if mount.get("mountPropagation") == "Bidirectional" and not privileged:

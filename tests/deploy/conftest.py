@@ -34,7 +34,8 @@ class Deployed:
 
     @property
     def container(self) -> Any:
-        (found,) = self.pod["containers"]
+        """The agent's."""
+        (found,) = (each for each in self.pod["containers"] if each["name"] == "ebpf-svc")
         return found
 
     def mounts(self) -> dict[Path, tuple[Any, Any]]:

@@ -105,6 +105,19 @@ def test_patches_are_those_that_migrate_asks_for():
         assert json.loads(shlex.split(words)[-1]) == patch
 
 
+def test_take_over_removes_what_kube_proxy_left_once_it_may(replacing: Deployed):
+    """It asks again until the agent is ready and kube-proxy gone, with the agent's own eyes."""
+    agent, take_over = replacing.one("DaemonSet")["spec"]["template"]["spec"]["containers"]
+    (words,) = re.findall(r"until ebpf-svc migrate (.*); do", take_over["command"][-1])
+
+    options = migrate.make_context("migrate", shlex.split(words)).params
+    assert (options["back"], options["yes"], options["wait_s"]) == (False, True, 300)
+    assert take_over["image"] == agent["image"]
+    assert take_over["securityContext"] == agent["securityContext"]
+    places = {each["name"]: each["mountPath"] for each in agent["volumeMounts"]}
+    assert all(places[each["name"]] == each["mountPath"] for each in take_over["volumeMounts"])
+
+
 def test_way_back_undoes_on_each_node_and_tells_when_it_is_done():
     """The command is one that exists; nothing restarts a pod that waits for connections."""
     container = rendered(WAY_BACK).container
