@@ -7,6 +7,8 @@ python := .venv/bin/python
 pytest := $(python) -m pytest -q --no-header
 # The rings of `make test`, quickest first.
 rings := lint unit golden deploy packet behaviour
+# What `make image` installs, and nothing else needs.
+builders := buildah mmdebstrap crun
 # make behaviour K=nodeport ARGS=-x
 K ?=
 ARGS ?=
@@ -55,6 +57,8 @@ deploy: bootstrap ## manifests and image file against schema, rights and setting
 	@$(pytest) tests/deploy -m 'not slow' $(choose)
 
 image: need-root bootstrap ## build the image without a registry and run it (root, buildah, mmdebstrap)
+	@dpkg-query -W $(builders) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(builders) >/dev/null; }
 	@$(pytest) tests/deploy -m slow $(choose)
 
 packet: need-root bootstrap ## one program at a time through the kernel (root)
