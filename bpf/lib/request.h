@@ -59,7 +59,11 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 		return refuse(skb, pkt);
 	list = list_for(frontend, source);
 	id = choose(frontend, &list, pkt, now);
+	/* Two connections of one port need two backends; with affinity a datagram
+	 * rather takes the port over, for its client shall keep the backend.
+	 */
 	if (other && other->backend_id == id && id != NO_BACKEND &&
+	    !(frontend->affinity_s && pkt->proto == IPPROTO_UDP) &&
 	    !flow_ended(other, pkt->proto, now)) {
 		__u32 beside = choose_beside(&list, id);
 

@@ -6,7 +6,7 @@ import pytest
 
 from ebpf_svc.model.net import Protocol, Sources
 from tests.lib.packet_world import World
-from tests.lib.packets import Address
+from tests.lib.packets import Address, with_ends
 
 TIMEOUT_S = 600
 TCP_AND_UDP = pytest.mark.parametrize("proto", [Protocol.TCP, Protocol.UDP], ids=str)
@@ -127,3 +127,17 @@ def test_client_on_maglev_keeps_its_backend_even_forgotten(world: World) -> None
         chosen.add(world.run("node_ingress", world.tcp((client, port), frontend)).dst)
         world.hash("affinity").clear()
     assert len(chosen) == 1
+
+
+def test_datagram_from_a_port_in_use_keeps_to_the_clients_backend(world: World) -> None:
+    """Another address of the service, the same client port: affinity goes before telling apart."""
+    client, vip, node_port = (world.net.pod, 5353), (world.net.vip, 53), (world.net.node, 30053)
+    for _ in range(10):
+        service = world.service(*vip, Protocol.UDP, backends=_ports(world), affinity_s=TIMEOUT_S)
+        service.add_frontend(*node_port)
+        first = world.run("pod_ingress", world.udp(client, vip)).dst
+        second = world.run("pod_ingress", world.udp(client, node_port)).dst
+        assert first == second
+        answer = world.udp(second, client)
+        world.run("egress", answer).expect(with_ends(answer, src=node_port))
+        world.reset()
