@@ -13,7 +13,9 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ebpf_svc.config.ebpf import EbpfSettings
+from ebpf_svc.config.ipvs import IpvsSettings
 from ebpf_svc.config.kubernetes import KubernetesSettings
+from ebpf_svc.config.userspace import UserspaceSettings
 from ebpf_svc.config.values import (
     Address,
     NodePortAddress,
@@ -36,6 +38,11 @@ class Mode(StrEnum):
     AUTO = "auto"
     """The best this machine can run."""
     EBPF = "ebpf"
+    NFTABLES = "nftables"
+    IPVS = "ipvs"
+    IPTABLES = "iptables"
+    USERSPACE = "userspace"
+    """Sockets of the agent relay; for kernels without any of the others."""
     FAKE = "fake"
     """In memory, for tests."""
 
@@ -124,7 +131,13 @@ class Settings(Section):
     """Everything `ebpf-svc run` can be told."""
 
     mode: Mode = Mode.AUTO
-    """Which dataplane serves: auto takes the best this machine can run."""
+    """Which dataplane serves: auto takes the first this machine can run of ebpf, nftables, ipvs,
+    iptables and userspace.
+    """
+    fallback: bool = False
+    """When the mode asked for by name cannot run here, take the next that can; off = say what is
+    missing and end.
+    """
     kube_proxy_mode: str = ""
     """What a KubeProxyConfiguration asked for, for messages; decides nothing."""
     node_name: str = ""
@@ -195,6 +208,8 @@ class Settings(Section):
     conntrack: ConntrackSettings = ConntrackSettings()
     log: LogSettings = LogSettings()
     ebpf: EbpfSettings = EbpfSettings()
+    ipvs: IpvsSettings = IpvsSettings()
+    userspace: UserspaceSettings = UserspaceSettings()
 
     @field_validator("node_name")
     @classmethod

@@ -65,11 +65,12 @@ class ApplyReport:
 class Dataplane(TypingProtocol):
     """A backend.
 
-    The law each passes for generated states: after `apply(d)`, `read() == d.view()`, and a second
+    The law each passes for generated states: after `apply(d)`, `read() == view(d)`, and a second
     `apply(d)` reports zero writes; after `cleanup()` the host holds nothing of ours.
     """
 
     name: str
+    """The mode that chooses it."""
 
     def check(self) -> Support:
         """Look at this host without changing it."""
@@ -87,8 +88,21 @@ class Dataplane(TypingProtocol):
             resync: read the kernel back first and repair what others changed.
         """
 
+    def view(self, desired: DesiredState) -> dict[FrontendKey, FrontendView]:
+        """What `read()` must return once `desired` is applied: `desired.view()`, less what this
+        kernel has no place for. Pure.
+        """
+
     def read(self) -> dict[FrontendKey, FrontendView]:
-        """What the kernel holds now, in the words of the model."""
+        """What the kernel holds now, in the words of the model; needs no `open()`."""
+
+    def retire(self) -> bool:
+        """Let another dataplane serve: new connections are its, open ones go on through us.
+
+        Called when the other one is live, then again every second or so until it returns True;
+        `cleanup()` follows. Needs no `open()` before, takes over what an earlier run left, and is
+        to return True at once where nothing depends on us any more.
+        """
 
     def close(self) -> None:
         """Stop working; traffic goes on with what the kernel holds (Z2)."""

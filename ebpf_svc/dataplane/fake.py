@@ -19,7 +19,7 @@ class Operation(NamedTuple):
     """One line of the journal."""
 
     verb: str
-    """open, put, delete, close or cleanup."""
+    """open, put, delete, retire, close or cleanup."""
     key: FrontendKey | None = None
 
 
@@ -95,6 +95,13 @@ class FakeDataplane:
 
     def read(self) -> dict[FrontendKey, FrontendView]:
         return dict(self.kernel)
+
+    def view(self, desired: DesiredState) -> dict[FrontendKey, FrontendView]:
+        return desired.view()
+
+    def retire(self) -> bool:
+        self.journal.append(Operation("retire"))
+        return True
 
     def close(self) -> None:
         self._open = False

@@ -166,6 +166,10 @@ class EbpfDataplane:
         running.sweeper.wake()
         return report
 
+    def view(self, desired: DesiredState) -> dict[FrontendKey, FrontendView]:
+        """The maps hold all of it."""
+        return desired.view()
+
     def read(self) -> dict[FrontendKey, FrontendView]:
         """What the pinned maps hold; works without `open`, beside a running agent."""
         views: dict[FrontendKey, FrontendView] = {}
