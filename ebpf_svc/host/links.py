@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from ebpf_svc.host import rtnetlink
-from ebpf_svc.host.rtnetlink import Failure, Message, attribute, attributes
+from ebpf_svc.host.netlink import CREATE, EXCL, Failure, Message, attribute, attributes
 
 _IFINFO = struct.Struct("=BxHiII")
 _TCMSG = struct.Struct("=BxxxiIII")
@@ -140,7 +140,7 @@ def filters(netlink: rtnetlink.Socket, index: int, sides: Iterable[Side] = Side)
 
 def add_clsacts(netlink: rtnetlink.Socket, indexes: Sequence[int]) -> list[Failure | None]:
     """Give devices the qdisc that holds filters; EEXIST where there is one or an ingress qdisc."""
-    flags = rtnetlink.CREATE | rtnetlink.EXCL
+    flags = CREATE | EXCL
     return netlink.requests([(rtnetlink.NEWQDISC, flags, _clsact(index)) for index in indexes])
 
 
@@ -159,7 +159,7 @@ def replace_filters(netlink: rtnetlink.Socket, wanted: Sequence[Filter]) -> list
         [
             (
                 rtnetlink.NEWTFILTER,
-                rtnetlink.CREATE,
+                CREATE,
                 _filter(item)
                 + attribute(1, b"bpf\0")
                 + attribute(

@@ -23,7 +23,7 @@ from ebpf_svc.dataplane.ebpf.devices import DeviceRole
 from ebpf_svc.dataplane.ebpf.programs import Programs
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.errors import DataplaneError
-from ebpf_svc.host import bpf_prog, links, rtnetlink
+from ebpf_svc.host import bpf_prog, links, netlink, rtnetlink
 from ebpf_svc.host.bpf_prog import AttachType
 from ebpf_svc.host.cgroup import find_root
 from ebpf_svc.host.command import run
@@ -455,12 +455,12 @@ def test_lost_notifications_are_made_up_for(node, monkeypatch):
     def slow_wait(self: rtnetlink.Notifications, timeout_s: float | None = None) -> object:
         try:
             return wait(self, timeout_s)
-        except rtnetlink.Overrun:
+        except netlink.Overrun:
             overruns.append(1)
             raise
 
     monkeypatch.setattr(rtnetlink.Notifications, "wait", slow_wait)
-    monkeypatch.setattr(rtnetlink, "_QUEUE_BYTES", 1)
+    monkeypatch.setattr(netlink, "_QUEUE_BYTES", 1)
     attachments = node.start()
 
     node.ip(*(veth(f"veth{i}") for i in range(100, 200)))

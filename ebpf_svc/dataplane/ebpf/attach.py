@@ -16,9 +16,9 @@ from ebpf_svc.dataplane.ebpf.devices import DeviceRole, role_of
 from ebpf_svc.dataplane.ebpf.filters import Outcome
 from ebpf_svc.dataplane.ebpf.programs import SOCKET_PROGRAMS, LoadedProgram, Programs
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
-from ebpf_svc.host import links, rtnetlink
+from ebpf_svc.host import links, netlink, rtnetlink
 from ebpf_svc.host.links import Link
-from ebpf_svc.host.rtnetlink import Message
+from ebpf_svc.host.netlink import Message
 from ebpf_svc.log import get_logger
 
 log = get_logger(__name__)
@@ -184,7 +184,7 @@ class Attachments:
             messages: list[Message] = []
             try:
                 messages = self._notifications.wait(RETRY_S if rescan else None)
-            except rtnetlink.Overrun:
+            except netlink.Overrun:
                 rescan = True
             if self._stopping:
                 return
