@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ebpf_svc.config.kubeproxy.types import KubeProxyConfiguration
 
 DEFAULT = "default"
+FOLLOW_MODE = ("mode", "fallback", "node_port_addresses")
+"""What only follows from kube-proxy's mode: void where we were told a `mode` of our own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class _KubeProxy:
     config: KubeProxyConfiguration | None = None
     said: Mapping[str, str] = field(default_factory=dict)
 
+    def derived_under(self, ours: Mapping[FieldPath, Given]) -> dict[FieldPath, Given]:
+        """What follows of it, where we were told `ours`."""
+        void = FOLLOW_MODE if "mode" in ours else ()
+        return {path: each for path, each in self.derived.items() if path not in void}
+
 
 def load(
     paths: Sequence[Path] = (),
@@ -72,11 +79,11 @@ def load(
     given: dict[FieldPath, Given] = {}
     has_kube = theirs is not None or bool(kube_flags)
     kube = _read_kube_proxy(theirs, flags, kube_flags) if has_kube else _KubeProxy()
-    given |= {**kube.derived, **kube.file}
     if ours:
         _refuse_repeated(ours)
         given |= flatten(ours.data, ours.place, spell_as_file=ours.has_kind)
     given |= {**kube.flags, **flags}
+    given = {**kube.derived_under(given), **kube.file, **given}
     settings = build({path: each for path, each in given.items() if each.value is not None})
     prepared = prepare(settings)
     return Loaded(

@@ -102,10 +102,10 @@ def _same(value: Any) -> Any:
 
 def _derived(read: Read, where: Callable[[str], str]) -> dict[FieldPath, Given]:
     config, derived = read.config, {}
-    if "mode" in read.said:
-        # By name only if there is such a dataplane; its absence is no reason not to serve.
-        mode = Mode(config.mode) if config.mode in list(Mode) else Mode.AUTO
-        derived["mode"] = Given(mode, where("mode"))
+    if config.mode:
+        derived["mode"] = Given(Mode(config.mode), where("mode"))
+        # Its file cannot say so, and a node that serves by other means beats one that does not.
+        derived["fallback"] = Given(True, where("mode"))
     if config.mode == "nftables" and "nodePortAddresses" not in read.said:
         derived["node_port_addresses"] = Given(["primary"], where("mode"))  # X15
     if "bindAddress" in read.said:

@@ -126,8 +126,8 @@ FIELDS = (
         "mode",
         "kube_proxy_mode",
         "--proxy-mode",
-        why="a dataplane of that name serves if there is one and `mode` says nothing else; "
-        "otherwise the best this machine can run (auto)",
+        why="the mode that serves, and the next one where it cannot run, unless `mode` or "
+        "`fallback` says otherwise; absent is auto, the best this machine can run",
     ),
     _honoured(
         "iptables.masqueradeBit",

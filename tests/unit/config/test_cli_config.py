@@ -50,7 +50,7 @@ def test_show_given_leaves_out_defaults(file: str, capsys: Output) -> None:
     call("config", "show", "--given", "--config", file)
     settings = capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in settings] == [
-        *("mode", "kubeProxyMode", "clusterCIDRs", "ebpf.socketLB")
+        *("mode", "fallback", "kubeProxyMode", "clusterCIDRs", "ebpf.socketLB")
     ]
 
 
@@ -74,7 +74,7 @@ def test_validate_of_a_good_file_exits_zero(file: str, capsys: Output) -> None:
     """And names what has no effect."""
     assert call("config", "validate", "--config", file) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("valid: 4 of ")
+    assert out.startswith("valid: 5 of ")
     assert "ipvs.scheduler" in err
 
 

@@ -239,19 +239,37 @@ def test_section_of_the_mode_supplies_the_value(
     assert (settings.resync_period_s == 45 or settings.masquerade_all) is counts
 
 
-@pytest.mark.parametrize("mode", ["", "iptables", "ipvs", "nftables"])
-def test_mode_of_kube_proxy_without_such_a_dataplane_is_auto(tmp_path: Path, mode: str) -> None:
-    """What was asked for is kept for messages."""
-    settings = load_text(tmp_path, kube_proxy(mode=mode)).settings
-    assert (settings.mode, settings.kube_proxy_mode) == (Mode.AUTO, mode)
+@pytest.mark.parametrize("mode", ["iptables", "ipvs", "nftables"])
+def test_mode_kube_proxy_was_asked_for_serves_or_the_next_one(tmp_path: Path, mode: str) -> None:
+    """Its file knows no `fallback`: a node must not stop serving for want of its mode."""
+    loaded = load_text(tmp_path, kube_proxy(mode=mode))
+    settings = loaded.settings
+    assert (settings.mode, settings.kube_proxy_mode) == (mode, mode)
+    assert settings.fallback
+    assert loaded.origins["fallback"] == f"{tmp_path / '1.yaml'}: mode"
 
 
-def test_our_file_decides_the_mode(tmp_path: Path) -> None:
-    """A mode by kube-proxy's name gives way to what we were told ourselves, flag or not."""
-    text = kube_proxy(mode="iptables") + "---\n" + ours(mode="ebpf")
-    assert load_text(tmp_path, text).settings.mode is Mode.EBPF
-    flagged = load_text(tmp_path, ours(mode="ebpf"), kube_flags={"--proxy-mode": "iptables"})
-    assert flagged.settings.mode is Mode.EBPF
+def test_kube_proxy_without_a_mode_is_auto(tmp_path: Path) -> None:
+    """Nobody asked for iptables there."""
+    settings = load_text(tmp_path, kube_proxy(mode="")).settings
+    assert (settings.mode, settings.fallback) == (Mode.AUTO, False)
+
+
+def test_our_file_may_forbid_the_fallback(tmp_path: Path) -> None:
+    """The mode stays the one kube-proxy was asked for."""
+    text = kube_proxy(mode="iptables") + "---\n" + ours(fallback=False)
+    settings = load_text(tmp_path, text).settings
+    assert (settings.mode, settings.fallback) == (Mode.IPTABLES, False)
+
+
+@pytest.mark.parametrize("mode", [Mode.EBPF, Mode.AUTO])
+def test_our_file_decides_the_mode(tmp_path: Path, mode: Mode) -> None:
+    """A mode of kube-proxy's gives way to what we were told, with all that follows from it."""
+    text = kube_proxy(mode="nftables") + "---\n" + ours(mode=mode.value)
+    flagged = load_text(tmp_path, ours(mode=mode.value), kube_flags={"--proxy-mode": "nftables"})
+    for settings in (load_text(tmp_path, text).settings, flagged.settings):
+        assert (settings.mode, settings.fallback) == (mode, False)
+        assert settings.node_port_addresses == ()
 
 
 @pytest.mark.parametrize("mode", ["userspace", "kernelspace", "ebpf", "auto"])

@@ -206,6 +206,8 @@ def test_flags_beside_kube_proxys_file_are_ignored_but_for_a_few(tmp_path: Path)
         *("--hostname-override=b", "--master=https://m", "-v=6", "--oom-score-adj=1"),
     )
     assert loaded.settings == Settings(
+        mode="ipvs",
+        fallback=True,
         kube_proxy_mode="ipvs",
         node_name="b",
         log={"level": "debug", "format": "json"},
