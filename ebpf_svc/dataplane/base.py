@@ -8,6 +8,7 @@ from typing import Protocol as TypingProtocol
 
 from ebpf_svc.errors import ApplyError
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView
+from ebpf_svc.model.net import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,15 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconciled:
+    """One look for stale flows in the kernel's connection tracking (C1-C10)."""
+
+    family: Family
+    deleted: int
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyReport:
     """What one apply did."""
 
@@ -60,6 +70,8 @@ class ApplyReport:
     """What a resync found missing or foreign and put right, in words."""
     details: Mapping[str, int] = field(default_factory=dict)
     """Entries written by kind, for logs and counted tests."""
+    reconciled: tuple[Reconciled, ...] = ()
+    """Looks for stale flows that this apply made necessary; at most one a family."""
 
 
 class Dataplane(TypingProtocol):

@@ -14,23 +14,21 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ebpf_svc.errors import DataplaneError
+from ebpf_svc.host import netlink
 from ebpf_svc.model.net import Family, Protocol
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 CLONE_NEWNET = 0x40000000
 LIVE_STATES = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 """States with a peer to lose: all but TIME_WAIT, CLOSE, LISTEN; a connected UDP socket is in 1."""
 
-_HEADER = struct.Struct("=IHHII")
-"""nlmsghdr: length, type, flags, sequence, port."""
 _REQUEST = struct.Struct("=BBBBI48s")
 """inet_diag_req_v2: family, protocol, extensions, pad, states, socket id."""
 _ANSWER = struct.Struct("=BBBB48s20x")
@@ -72,7 +70,7 @@ def destroy_sockets(
         DataplaneError: the kernel refuses, e.g. it was built without INET_DIAG_DESTROY.
     """
     destroyed = 0
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as link:
+    with closing(netlink.Socket(NETLINK_SOCK_DIAG)) as link:
         for protocol in protocols:
             for family in _AF.values():
                 doomed = [
@@ -80,7 +78,7 @@ def destroy_sockets(
                     for socket_id in _dump(link, family, protocol)
                     if matches(_peer(family, protocol, socket_id))
                 ]
-                destroyed += sum(_destroy(link, family, protocol, each) for each in doomed)
+                destroyed += _destroy(link, family, protocol, doomed)
     return destroyed
 
 
@@ -155,57 +153,33 @@ def in_namespace(namespace: Path, work: Callable[[], Result]) -> Result | None:
     return outcome[0]
 
 
-def _dump(link: socket.socket, family: int, protocol: Protocol) -> list[bytes]:
+def _dump(link: netlink.Socket, family: int, protocol: Protocol) -> list[bytes]:
     """The socket ids of that family and protocol that have a peer."""
     request = _REQUEST.pack(family, protocol.number, 0, 0, LIVE_STATES, bytes(48))
-    _send(link, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, request)
-    ids = []
-    for kind, body in _answers(link):
-        if kind == SOCK_DIAG_BY_FAMILY:
-            ids.append(_ANSWER.unpack_from(body)[4])
-        elif _error(body) not in (0, errno.ENOENT):
-            # ENOENT: this kernel knows no sockets of that kind.
-            raise DataplaneError(f"sockets cannot be listed: {os.strerror(_error(body))}")
-    return ids
+    try:
+        found = link.dump(SOCK_DIAG_BY_FAMILY, request)
+    except OSError as error:
+        if error.errno == errno.ENOENT:  # this kernel knows no sockets of that kind
+            return []
+        raise DataplaneError(f"sockets cannot be listed: {error.strerror}") from error
+    return [_ANSWER.unpack_from(message.body)[4] for message in found]
 
 
-def _destroy(link: socket.socket, family: int, protocol: Protocol, socket_id: bytes) -> bool:
-    """Destroy one socket; False when it was gone already."""
-    request = _REQUEST.pack(family, protocol.number, 0, 0, LIVE_STATES, socket_id)
-    _send(link, SOCK_DESTROY, NLM_F_ACK, request)
-    for _, body in _answers(link):
-        number = _error(body)
-        if number in (errno.ENOENT, errno.ESTALE):
-            return False
-        if number:
-            reason = os.strerror(number)
+def _destroy(
+    link: netlink.Socket, family: int, protocol: Protocol, socket_ids: Sequence[bytes]
+) -> int:
+    """Destroy sockets; returns how many were not gone already."""
+    outcomes = link.requests(
+        [
+            (SOCK_DESTROY, 0, _REQUEST.pack(family, protocol.number, 0, 0, LIVE_STATES, each))
+            for each in socket_ids
+        ]
+    )
+    for failure in outcomes:
+        if failure is not None and failure.errno not in (errno.ENOENT, errno.ESTALE):
+            reason = failure.reason
             raise DataplaneError(f"sockets cannot be destroyed (INET_DIAG_DESTROY): {reason}")
-    return True
-
-
-def _send(link: socket.socket, kind: int, flags: int, body: bytes) -> None:
-    length = _HEADER.size + len(body)
-    link.send(_HEADER.pack(length, kind, NLM_F_REQUEST | flags, 0, 0) + body)
-
-
-def _answers(link: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Type and body of each message of one answer; an error or acknowledgement ends it."""
-    while True:
-        data = memoryview(link.recv(1 << 18))
-        while data:
-            length, kind, *_ = _HEADER.unpack_from(data)
-            if kind == NLMSG_DONE:
-                return
-            yield kind, bytes(data[_HEADER.size : length])
-            if kind == NLMSG_ERROR:
-                return
-            data = data[(length + 3) & ~3 :]
-
-
-def _error(body: bytes) -> int:
-    """The error number of an acknowledgement, 0 = none."""
-    number: int = struct.unpack_from("=i", body)[0]
-    return -number
+    return outcomes.count(None)
 
 
 def _peer(family: int, protocol: Protocol, socket_id: bytes) -> Peer:
