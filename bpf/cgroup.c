@@ -11,6 +11,7 @@
 #include "lib/packet.h"
 #include "lib/select.h"
 #include "lib/flow.h"
+#include "lib/event.h"
 #include "lib/socket.h"
 
 int connect(struct bpf_sock_addr *ctx)

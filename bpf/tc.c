@@ -13,6 +13,7 @@
 #include "lib/fragment.h"
 #include "lib/select.h"
 #include "lib/flow.h"
+#include "lib/event.h"
 #include "lib/nat.h"
 #include "lib/refuse.h"
 #include "lib/icmp.h"

@@ -34,6 +34,9 @@
 	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S)
 #error "flow flags are missing: compile through ebpf_svc"
 #endif
+#if !defined(EVENT_OPENED) || !defined(EVENT_ENDING) || !defined(EVENT_DROPPED)
+#error "kinds of events are missing: compile through ebpf_svc"
+#endif
 #if !defined(HAIRPIN_ADDRESS) || !defined(DISCARD_ADDRESS) || \
 	!defined(MASQUERADE_MARK) || !defined(SOCKET_ENTRIES) || \
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \

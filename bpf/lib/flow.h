@@ -19,10 +19,13 @@ static __always_inline void touch(struct flow_value *flow, __u32 now)
 		flow->seen_s = now;
 }
 
-static __always_inline void note(struct flow_value *flow, __u8 state)
+/* Whether this is new of the flow. */
+static __always_inline bool note(struct flow_value *flow, __u8 state)
 {
-	if ((flow->state & state) != state)
-		flow->state |= state;
+	if ((flow->state & state) == state)
+		return false;
+	flow->state |= state;
+	return true;
 }
 
 /* Has a flow ended, so that its client may use its port for another? */
@@ -177,13 +180,17 @@ static __always_inline bool free_client_port(const struct l4_addr *endpoint, __u
 	return is_free;
 }
 
-/* The backend's side of a TCP flow's life. */
-static __always_inline void note_reply(struct flow_value *flow, const struct packet *pkt)
+/* The backend's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */
+static __always_inline __u8 note_reply(struct flow_value *flow, const struct packet *pkt)
 {
-	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
-		note(flow, pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_BACKEND_FIN);
-	else
+	__u8 end;
+
+	if (!(pkt->tcp_flags & (TCP_FIN | TCP_RST))) {
 		note(flow, STATE_ESTABLISHED);
+		return 0;
+	}
+	end = pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_BACKEND_FIN;
+	return note(flow, end) ? end : 0;
 }
 
 /* A flow that has ended must not catch the answers to a later connection that

@@ -18,3 +18,16 @@ BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
 BPF_TABLE("percpu_array", __u32, struct service_counters, service_counters, 1);
 BPF_TABLE("array", __u32, struct settings_value, settings, 1);
 BPF_TABLE("percpu_array", __u32, __u64, drops, DROP_REASONS);
+BPF_F_TABLE("array", __u32, struct monitor_value, monitor, 1, BPF_F_MMAPABLE);
+
+/* BCC's own ring buffers do not say what they carry. */
+struct events_table_t {
+	int key;
+	struct event leaf;
+	int (*ringbuf_output)(void *, u64, u64);
+	void *(*ringbuf_reserve)(u64);
+	void (*ringbuf_discard)(void *, u64);
+	void (*ringbuf_submit)(void *, u64);
+	u32 max_entries;
+};
+__attribute__((section("maps/ringbuf"))) struct events_table_t events = { .max_entries = 4096 };

@@ -25,6 +25,7 @@ struct packet {
 	__u8   tcp_flags;	/* for SCTP: what its first chunk would be in TCP */
 	__u8   fragment;	/* enum fragment */
 	__u8   icmp_type;
+	__u8   why;		/* DROP_* + 1 once it is not to be forwarded */
 	__u32  fragment_id;
 	__u32  l3;		/* offset of the IP header */
 	__u32  l4;		/* offset of what follows it */

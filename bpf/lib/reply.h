@@ -4,6 +4,7 @@
 /* A packet on its way out: if it answers a translated request, it leaves from
  * the frontend the client called.
  */
+#include "event.h"
 #include "fragment.h"
 #include "icmp.h"
 
@@ -15,6 +16,7 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	struct flow_value *flow;
 	struct rewrite to;
 	__u32 now;
+	__u8 end;
 
 	if (parse(skb, l3, &pkt) != NEXT)
 		return NOT_OURS;
@@ -40,7 +42,9 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 		return NOT_OURS;
 	}
 	touch(flow, now);
-	note_reply(flow, &pkt);
+	end = note_reply(flow, &pkt);
+	if (end)
+		tell_ending(skb, flow, &pkt.dst, pkt.dport, end, now);
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);
 	to.src = flow->frontend.addr;

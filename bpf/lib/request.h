@@ -2,6 +2,7 @@
 #pragma once
 
 /* A packet on its way in: if it calls a frontend, it goes to a backend. */
+#include "event.h"
 #include "fragment.h"
 #include "icmp.h"
 #include "refuse.h"
@@ -32,8 +33,15 @@ static __always_inline bool source_allowed(const struct packet *pkt, __u32 range
 	return source_ranges.lookup(&key) != NULL;
 }
 
+/* A packet that opens no flow, with the reason left in it. */
+static __always_inline int turn_away(struct packet *pkt, __u8 reason)
+{
+	pkt->why = reason + 1;
+	return drop(reason);
+}
+
 /* Decide where a new flow goes and remember it. Returns NEXT with *flow filled
- * and stored, or the verdict.
+ * and stored, or the verdict, with pkt->why set when the packet goes no further.
  */
 static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 				     const struct l4_addr *to, const struct frontend_value *frontend,
@@ -54,9 +62,11 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	if (pkt->proto != IPPROTO_UDP && !is_opening(pkt))
 		return NOT_OURS;
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(pkt, frontend->ranges))
-		return drop(DROP_SOURCE_RANGE);
-	if (frontend->flags & FRONTEND_REJECT)
+		return turn_away(pkt, DROP_SOURCE_RANGE);
+	if (frontend->flags & FRONTEND_REJECT) {
+		pkt->why = DROP_NO_ENDPOINT + 1;
 		return refuse(skb, pkt);
+	}
 	list = list_for(frontend, source);
 	id = choose(frontend, &list, pkt, now);
 	/* Two connections of one port need two backends; with affinity a datagram
@@ -72,12 +82,12 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	}
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend)
-		return drop(DROP_NO_LOCAL_ENDPOINT);
+		return turn_away(pkt, DROP_NO_LOCAL_ENDPOINT);
 	other_key = *key;
 	other_key.second = !key->second;
 	if ((other && !end_flow(&other_key, id, now)) ||
 	    !free_client_port(&backend->at, key->service, pkt, now))
-		return drop(DROP_CLIENT_PORT_CLASH);
+		return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
 
 	__builtin_memset(flow, 0, sizeof(*flow));
 	flow->frontend = *to;
@@ -101,16 +111,20 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 		flow->flags = FLOW_MASQUERADE;
 	}
 	if (flows.update(key, flow))
-		return drop(DROP_FLOW_TABLE);
+		return turn_away(pkt, DROP_FLOW_TABLE);
 	count_connection(key->service);
 	return NEXT;
 }
 
-/* The client's side of a TCP flow's life. */
-static __always_inline void note_request(struct flow_value *flow, const struct packet *pkt)
+/* The client's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */
+static __always_inline __u8 note_request(struct flow_value *flow, const struct packet *pkt)
 {
-	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
-		note(flow, pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_CLIENT_FIN);
+	__u8 end;
+
+	if (!(pkt->tcp_flags & (TCP_FIN | TCP_RST)))
+		return 0;
+	end = pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_CLIENT_FIN;
+	return note(flow, end) ? end : 0;
 }
 
 static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet *pkt,
@@ -142,14 +156,20 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 	struct flow_key key = {};
 	struct flow_value *flow = flow_of_reply(&from, &pkt->src, pkt->dport, &key);
 	struct rewrite to = { .dst = pkt->src, .sport = pkt->sport, .dport = pkt->dport };
+	__u32 now = now_s();
 	int verdict;
+	__u8 end;
 
-	if (!flow || !(flow->flags & FLOW_HAIRPIN))
+	if (!flow || !(flow->flags & FLOW_HAIRPIN)) {
+		tell_dropped(skb, pkt, DROP_DISCARDED, now);
 		return drop(DROP_DISCARDED);
+	}
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
-	touch(flow, now_s());
-	note_reply(flow, pkt);
+	touch(flow, now);
+	end = note_reply(flow, pkt);
+	if (end)
+		tell_ending(skb, flow, &pkt->src, pkt->dport, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_remember(pkt);
 	verdict = rewrite(skb, pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0);
@@ -172,6 +192,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	struct flow_value *flow, *other;
 	__u32 source, now;
 	int verdict;
+	__u8 end;
 
 	if (parse(skb, l3, &pkt) != NEXT)
 		return NOT_OURS;
@@ -202,12 +223,18 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
 		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
 				    pod_device, now);
-		if (verdict != NEXT)
+		if (verdict != NEXT) {
+			if (pkt.why)
+				tell_dropped(skb, &pkt, pkt.why - 1, now);
 			return verdict;
+		}
+		tell_opened(skb, &pkt, &fresh, now);
 		flow = &fresh;
 	} else {
 		touch(flow, now);
-		note_request(flow, &pkt);
+		end = note_request(flow, &pkt);
+		if (end)
+			tell_ending(skb, flow, &pkt.src, pkt.sport, end, now);
 	}
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);

@@ -5,6 +5,7 @@
  * backend, and what the process is later told about its peer becomes the
  * frontend again.
  */
+#include "event.h"
 #include "flow.h"
 #include "select.h"
 
@@ -164,7 +165,7 @@ static __always_inline void socket_remember(struct socket_value *socket,
 /* connect(2) and sendmsg(2) with an address. */
 static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connecting, bool mapped)
 {
-	__u32 zero = 0, id, source;
+	__u32 zero = 0, id, source, now;
 	struct settings_value *run = settings.lookup(&zero);
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct frontend_value *frontend;
@@ -186,6 +187,7 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		return SOCKET_ALLOW;
 	if (frontend->flags & FRONTEND_REJECT) {
 		count_drop(DROP_NO_ENDPOINT);
+		tell_socket(netns, &to, NULL, DROP_NO_ENDPOINT, now_s());
 		return socket_refuse();
 	}
 
@@ -200,7 +202,8 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		}
 	}
 	list = list_for(frontend, source);
-	id = socket_choose(frontend, &list, netns, now_s());
+	now = now_s();
+	id = socket_choose(frontend, &list, netns, now);
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend) {
 		struct l4_addr nowhere = { .addr = discard_address, .port = to.port };
@@ -208,8 +211,10 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		/* A pod's packets are dropped by tc; the host's go where the
 		 * egress hook drops them, for a hook cannot be silent (P3).
 		 */
-		if (source == SOURCE_NODE)
+		if (source == SOURCE_NODE) {
 			set_socket_address(ctx, &nowhere, mapped);
+			tell_socket(netns, &to, NULL, DROP_NO_LOCAL_ENDPOINT, now);
+		}
 		return SOCKET_ALLOW;
 	}
 	if (socket)
@@ -223,6 +228,7 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		udp_sockets.update(&cookie, &id);
 	}
 	count_connection(frontend->service);
+	tell_socket(netns, &to, &backend->at, 0, now);
 	set_socket_address(ctx, &backend->at, mapped);
 	return SOCKET_ALLOW;
 }

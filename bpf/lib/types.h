@@ -132,6 +132,30 @@ struct service_counters {
 	__u64 bytes;
 };
 
+/* Something that happened to a flow, for whoever listens. */
+struct event {
+	__u64 time_ns;
+	__u64 netns;		/* cookie of the socket's network namespace; 0: it was a packet */
+	struct l4_addr client;	/* unknown, zero, at a socket */
+	struct l4_addr frontend;
+	struct l4_addr backend;	/* zero when there is none */
+	__u32 ifindex;		/* where the packet came by or leaves */
+	__u8  kind;		/* EVENT_* */
+	__u8  detail;		/* DROP_* of EVENT_DROPPED, the new STATE_* of EVENT_ENDING */
+	__u8  state;		/* STATE_* of the flow */
+	__u8  flags;		/* FLOW_* */
+#if IP_FAMILY == 6
+	__u32 pad;
+#endif
+};
+
+/* Whether anybody listens: a lease, so that one who is killed stops costing. */
+struct monitor_value {
+	__u32 until_s;		/* coarse monotonic clock */
+	__u32 pad;
+	__u64 lost;		/* events the ring had no room for */
+};
+
 /* Facts of this run that are not worth a compile. */
 struct settings_value {
 	__u64 host_netns;	/* netns cookie of the node */

@@ -59,6 +59,7 @@ class MapType(IntEnum):
     LRU_HASH = 9
     LPM_TRIE = 11
     SK_STORAGE = 24
+    RINGBUF = 27
 
 
 class MapFlag(IntEnum):

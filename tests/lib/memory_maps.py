@@ -170,6 +170,7 @@ def memory_tables(
         "udp_sockets": MemoryHash("udp_sockets", cookie, word, 64),
         "settings": MemoryHash("settings", word, word, 1),
         "drops": MemoryHash("drops", word, word, 1),
+        "monitor": MemoryHash("monitor", word, word, 1),
     }
     for family in families:
         number = int(family)
@@ -203,6 +204,7 @@ def memory_tables(
             ("affinity", word, word, 1),
             ("fragments", word, word, 1),
             ("sockets", word, word, 1),
+            ("events", word, word, 1),
         ):
             tables[f"{name}{number}"] = MemoryHash(f"{name}{number}", key, value, size)
         tables[f"backends{number}"] = MemoryArray(f"backends{number}", backend, backends)

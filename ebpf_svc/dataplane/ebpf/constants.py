@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 
 from ebpf_svc.model.net import Family, Sources, family_of
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
 pin path.
 """
@@ -72,6 +72,15 @@ class Drop(IntEnum):
     CLIENT_PORT_CLASH = 4
     REWRITE_FAILED = 5
     DISCARDED = 6
+
+
+class EventKind(IntEnum):
+    """What happened to a flow, `event.kind`."""
+
+    OPENED = 0
+    ENDING = 1
+    """One side of a TCP flow sent a FIN or a reset."""
+    DROPPED = 2
 
 
 UDP_IDLE_S = 120
@@ -164,6 +173,7 @@ def defines(family: Family) -> dict[str, str]:
         ("FLOW", FlowFlag),
         ("STATE", FlowState),
         ("DROP", Drop),
+        ("EVENT", EventKind),
     ):
         numbers.update({f"{prefix}_{flag.name}": str(int(flag)) for flag in flags})
     return numbers

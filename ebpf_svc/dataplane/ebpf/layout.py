@@ -82,6 +82,7 @@ class Layout:
         Args:
             desc_json: from `MapShape`.
             size: what the compiler says the type takes; a layout that adds up to another is wrong.
+                0 = not said: a ring has records, not values.
             name: for errors; default the C type's.
 
         Raises:
@@ -101,7 +102,7 @@ class Layout:
                 offsets[part.name] = at
                 codes += part.code
             at += part.size
-        return cls(label, offsets, codes, size)
+        return cls(label, offsets, codes, size or at)
 
     def require(self, *names: str) -> None:
         """Raise LayoutMismatch unless the fields are exactly these, in this order."""

@@ -33,7 +33,10 @@ COUNTED_SERVICES = 16_384
 """Service ports counted one by one, each family: every CPU has all the counters, 24 bytes each.
 Ids are dense, so only what a node has beyond that many goes uncounted."""
 
-SHARED = frozenset({"slots", "settings", "drops", "udp_sockets"})
+EVENT_RING_BYTES = 1 << 18
+"""Room for what happens between two looks of who monitors: 4,000 events, each family."""
+
+SHARED = frozenset({"slots", "settings", "drops", "udp_sockets", "monitor"})
 """Maps both families use; all others exist once a family."""
 
 _DIRECTORY = "ebpf-svc"
@@ -57,6 +60,8 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
         "settings": 1,
         "drops": len(constants.Drop),
+        "monitor": 1,
+        "events": EVENT_RING_BYTES,
     }[name]
 
 
@@ -102,6 +107,8 @@ class FamilyTables:
     service_counters: PerCpuArray
     sockets: Table
     """Socket storage: the kernel cannot list it."""
+    events: Table
+    """A ring: who monitors reads it."""
 
 
 class Tables:
@@ -120,6 +127,7 @@ class Tables:
         self.settings: HashTable = tables["settings"]  # type: ignore[assignment]
         self.drops: PerCpuArray = tables["drops"]  # type: ignore[assignment]
         self.udp_sockets: HashTable = tables["udp_sockets"]  # type: ignore[assignment]
+        self.monitor: ArrayTable = tables["monitor"]  # type: ignore[assignment]
 
     @classmethod
     def open(cls, settings: EbpfSettings, artifacts: Mapping[Family, Artifact]) -> Tables:
@@ -344,7 +352,7 @@ def _layouts(shape: MapShape) -> tuple[Layout, Layout]:
 
 def _typed(name: str, fd: int, key: Layout, value: Layout) -> Table:
     facts = bpf.map_facts(fd)
-    if facts.type == MapType.SK_STORAGE:
+    if facts.type in (MapType.SK_STORAGE, MapType.RINGBUF):
         return Table(name, fd, key, value)
     if facts.type == MapType.PERCPU_ARRAY:
         return PerCpuArray(name, fd, key, value)
