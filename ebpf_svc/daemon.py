@@ -95,8 +95,8 @@ def run(
 
         recorder = EventRecorder(sink)
         dataplane = make_dataplane(mode, settings)
-        monitoring = Monitoring(settings, dataplane, recorder)
-        notices = Notices(recorder, dataplane, node, tells_problems=sink is not None)
+        monitoring = Monitoring(settings, recorder)
+        notices = Notices(recorder, lambda: dataplane, node, tells_problems=sink is not None)
         loop = SyncLoop(
             store,
             Planner(PlanOptions.from_settings(settings)),
@@ -117,6 +117,7 @@ def run(
         stack.callback(monitoring.stop)
         monitoring.start(on_fatal=loop.abort)
         dataplane.open()
+        monitoring.serve(dataplane, {})
         stack.callback(dataplane.close)
         stack.callback(monitoring.stop)  # nobody may collect from a dataplane that closes
         recorder.note(ObjectRef("Node", "", node), "Starting", mode, action=ACTION)

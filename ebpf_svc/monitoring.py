@@ -39,22 +39,17 @@ class Monitoring:
     def __init__(
         self,
         settings: Settings,
-        dataplane: Dataplane,
         recorder: EventRecorder,
-        *,
-        refused: Mapping[str, str] | None = None,
     ) -> None:
-        """Build the parts; nothing listens yet.
+        """Build the parts; nothing listens yet, and no dataplane is shown before `serve`.
 
         Args:
             settings: `node_name` is the node's.
-            dataplane: need not be open; the metrics server must be stopped before it closes.
             recorder: for Events.
-            refused: dataplanes that were preferred and cannot run here, with why.
         """
         self._settings, self._recorder = settings, recorder
         self._on_fatal: Callable[[Exception], None] = lambda error: None
-        self._metrics = Metrics(dataplane, settings.families, refused=refused)
+        self._metrics = Metrics(None, settings.families)
         self._health = ProxyHealth(
             HealthState(settings.families, timeout_s=UNHEALTHY_PERIODS * settings.resync_period_s),
             self._sites("health", settings.healthz_bind_address, "FailedToStartProxierHealthcheck"),
@@ -64,7 +59,6 @@ class Monitoring:
         self._server = MetricsServer(
             self._metrics,
             self._sites("metrics", settings.metrics_bind_address, "FailedToStartMetricServer"),
-            mode=dataplane.name,
             configz=self._configz,
             with_debug=settings.enable_profiling,
         )
@@ -85,6 +79,15 @@ class Monitoring:
         """Go by these settings from now on; the addresses are those of the start."""
         self._settings = settings
         self._health.state.set_timeout(UNHEALTHY_PERIODS * settings.resync_period_s)
+
+    def serve(self, dataplane: Dataplane, refused: Mapping[str, str]) -> None:
+        """Show this dataplane from now on; the one before may close once this returns.
+
+        Args:
+            dataplane: open; the servers must be stopped, or show another, before it closes.
+            refused: dataplanes that were preferred and cannot run here, with why.
+        """
+        self._metrics.serve(dataplane, refused)
 
     def stop(self) -> None:
         """Stop answering; may be called again."""

@@ -75,7 +75,7 @@ class Notices:
     def __init__(
         self,
         recorder: EventRecorder,
-        dataplane: Dataplane,
+        dataplane: Callable[[], Dataplane],
         node: str,
         *,
         tells_problems: bool,
@@ -85,7 +85,7 @@ class Notices:
 
         Args:
             recorder: for the Events.
-            dataplane: whose tables are looked at.
+            dataplane: gives the one that serves, whose tables are looked at.
             node: this node's name.
             tells_problems: objects have a place for Events; else whoever read them has logged it.
             clock: seconds that only grow.
@@ -126,10 +126,11 @@ class Notices:
         self._known = problems
 
     def _tell_fill(self) -> None:
-        if not isinstance(self._dataplane, ShowsFill):
+        dataplane = self._dataplane()
+        if not isinstance(dataplane, ShowsFill):
             return
         try:
-            fill = list(self._dataplane.fill())
+            fill = list(dataplane.fill())
         except (OSError, DataplaneError) as error:
             log.warning("notices.fill", error=str(error))
             return

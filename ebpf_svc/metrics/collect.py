@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -91,37 +92,46 @@ def _count(plans: Mapping[PlanKey, ServicePlan]) -> Counter[tuple[str, ...]]:
 
 
 class KernelCollector(Collector):
-    """What a dataplane shows of the kernel; what it has no method for is left out."""
+    """What the dataplane that serves shows of the kernel; what it has no method for is left out."""
 
     def __init__(
-        self, dataplane: Dataplane, registry: CollectorRegistry, refused: Mapping[str, str]
+        self, dataplane: Dataplane | None, registry: CollectorRegistry, refused: Mapping[str, str]
     ) -> None:
         """Bind to a dataplane, open or not.
 
         Args:
-            dataplane: the one that serves.
+            dataplane: the one that serves; None = none does yet.
             registry: for the count of failures.
             refused: dataplanes that were preferred and cannot run here, with why.
         """
+        self._lock = threading.Lock()
         self._dataplane, self._refused = dataplane, refused
         self._failures = counter(catalog.COLLECT_FAILURES, registry)
         self._specs = {spec.name: spec for spec in catalog.specs() if spec.modes}
 
+    def serve(self, dataplane: Dataplane, refused: Mapping[str, str]) -> None:
+        """Collect from another dataplane; nobody looks at the one before any more on return."""
+        with self._lock:
+            self._dataplane, self._refused = dataplane, refused
+
     def collect(self) -> Iterator[Metric]:
         """Look; called by the registry. What the kernel does not give is left out and counted."""
-        yield from self._static()
-        for look in (
-            *(self._start, self._drops, self._fill, self._flows, self._traffic, self._series),
-        ):
-            try:
-                yield from list(look())
-            except (OSError, DataplaneError) as error:
-                self._failures.inc()
-                log.warning("metrics.collect", error=str(error))
+        with self._lock:
+            found = list(self._static())
+            for look in (
+                *(self._start, self._drops, self._fill, self._flows, self._traffic, self._series),
+            ):
+                try:
+                    found += look()
+                except (OSError, DataplaneError) as error:
+                    self._failures.inc()
+                    log.warning("metrics.collect", error=str(error))
+        yield from found
 
     def _static(self) -> Iterator[Metric]:
         yield _one(catalog.BUILD, [__version__, platform.python_version()], 1)
-        yield _one(catalog.MODE, [self._dataplane.name], 1)
+        if self._dataplane is not None:
+            yield _one(catalog.MODE, [self._dataplane.name], 1)
         refused = family(catalog.MODE_REFUSED)
         for mode, reason in self._refused.items():
             refused.add_metric([mode, reason], 1)

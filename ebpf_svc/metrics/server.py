@@ -35,7 +35,7 @@ class Metrics:
 
     def __init__(
         self,
-        dataplane: Dataplane,
+        dataplane: Dataplane | None,
         families: Iterable[Family],
         *,
         refused: Mapping[str, str] | None = None,
@@ -43,24 +43,33 @@ class Metrics:
         """Register all metrics.
 
         Args:
-            dataplane: the one that serves; need not be open yet.
+            dataplane: the one that serves, need not be open yet; None = `serve` will name it.
             families: those served.
             refused: dataplanes that were preferred and cannot run here, with why.
         """
         families = tuple(families)
         self.registry = CollectorRegistry(auto_describe=False)
-        self.sync = SyncMetrics(self.registry, families, mode=dataplane.name)
+        self.mode = dataplane.name if dataplane is not None else ""
+        """The word for the dataplane that serves; empty while none does."""
+        self.sync = SyncMetrics(self.registry, families, mode=self.mode)
         """An observer of the sync loop."""
         self._answers = {
             "healthz": counter(catalog.HEALTHZ, self.registry),
             "livez": counter(catalog.LIVEZ, self.registry),
         }
         self.registry.register(PlanCollector(lambda: self.sync.desired, families))
-        self.registry.register(KernelCollector(dataplane, self.registry, refused or {}))
+        self._kernel = KernelCollector(dataplane, self.registry, refused or {})
+        self.registry.register(self._kernel)
         ProcessCollector(registry=self.registry)
         self.slis = CollectorRegistry(auto_describe=False)
         self._passes = gauge(catalog.SLI_HEALTH, self.slis)
         self._outcomes = counter(catalog.SLI_HEALTH_TOTAL, self.slis)
+
+    def serve(self, dataplane: Dataplane, refused: Mapping[str, str]) -> None:
+        """Go over to another dataplane; nobody looks at the one before any more on return."""
+        self._kernel.serve(dataplane, refused)
+        self.sync.serve(dataplane.name)
+        self.mode = dataplane.name
 
     def answered(self, page: str, status: int) -> None:
         """Count an answer of a page of the health server."""
@@ -81,7 +90,6 @@ class MetricsServer:
         metrics: Metrics,
         sites: Callable[[Handler], Iterable[Site]],
         *,
-        mode: str,
         configz: Callable[[], Mapping[str, Any]],
         with_debug: bool = False,
         server: HttpServer | None = None,
@@ -91,12 +99,11 @@ class MetricsServer:
         Args:
             metrics: what /metrics shows.
             sites: where a handler is to answer, see `health.bind.sites_of`; none = nowhere.
-            mode: the word of /proxyMode.
             configz: the settings in force, as a KubeProxyConfiguration.
             with_debug: /debug shows what the process is made of.
             server: None = one with the usual patience.
         """
-        self._metrics, self._sites, self._mode, self._configz = metrics, sites, mode, configz
+        self._metrics, self._sites, self._configz = metrics, sites, configz
         self._with_debug = with_debug
         self._server = server or HttpServer("metrics")
 
@@ -107,7 +114,7 @@ class MetricsServer:
                 "/metrics": lambda request: _exposition(self._metrics.registry),
                 "/metrics/slis": lambda request: _exposition(self._metrics.slis),
                 "/healthz": self._healthz,
-                "/proxyMode": lambda request: text_response(self._mode),
+                "/proxyMode": self._proxy_mode,
                 "/configz": lambda request: json_response({CONFIGZ_KEY: self._configz()}),
                 **(debug.PAGES if self._with_debug else {}),
             }
@@ -118,6 +125,10 @@ class MetricsServer:
     def stop(self) -> None:
         """Stop answering; returns once nobody collects any more."""
         self._server.stop()
+
+    def _proxy_mode(self, _: Request) -> Response:
+        mode = self._metrics.mode
+        return text_response(mode) if mode else text_response("no mode serves yet", 503)
 
     def _healthz(self, _: Request) -> Response:
         # Constant: that this thread answers is all it says.

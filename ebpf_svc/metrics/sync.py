@@ -11,10 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.metrics import catalog
+from ebpf_svc.metrics.catalog import Kind, Spec
 from ebpf_svc.metrics.make import counter, gauge, histogram
 from ebpf_svc.model.desired import DesiredState
 from ebpf_svc.model.endpoint import EndpointSlice
@@ -25,6 +26,9 @@ from ebpf_svc.model.snapshot import Snapshot
 from ebpf_svc.sync import Synced
 
 Slices = tuple[EndpointSlice, ...]
+_EXTENTS = {True: catalog.FULL_SYNC_DURATION, False: catalog.PARTIAL_SYNC_DURATION}
+"""By whether every rule was looked at."""
+_OF_MODES = (*_EXTENTS.values(), catalog.CONNTRACK_DURATION, catalog.CONNTRACK_DELETED)
 
 
 class _Owner(NamedTuple):
@@ -49,9 +53,11 @@ class SyncMetrics:
         Args:
             registry: where collectors find it.
             families: those served; each has its own series, though one apply carries both.
-            mode: the dataplane that serves, which decides about metrics some modes have.
+            mode: the dataplane that serves, which decides about metrics some modes have; see
+                `serve`.
             wall, monotonic: the clocks; a change's trigger time is compared with the first.
         """
+        self._registry = registry
         self._labels = tuple(family.label for family in families)
         self._wall, self._monotonic = wall, monotonic
         self._started_at = wall()
@@ -63,13 +69,9 @@ class SyncMetrics:
         self._services_pending = gauge(catalog.SERVICE_CHANGES_PENDING, registry)
         self._slice_changes = counter(catalog.ENDPOINT_CHANGES, registry)
         self._slices_pending = gauge(catalog.ENDPOINT_CHANGES_PENDING, registry)
-        self._by_extent = {
-            resync: histogram(spec, registry) if spec.serves(mode) else None
-            for resync, spec in (
-                (True, catalog.FULL_SYNC_DURATION),
-                (False, catalog.PARTIAL_SYNC_DURATION),
-            )
-        }
+        self._of_mode: dict[Spec, Histogram | Counter] = {}
+        """Those of `_OF_MODES` which the mode that serves has."""
+        self.serve(mode)
         self._ready = gauge(catalog.READY, registry)
         self._planning = histogram(catalog.PLAN_DURATION, registry)
         self._applying = histogram(catalog.APPLY_DURATION, registry)
@@ -94,6 +96,15 @@ class SyncMetrics:
         self._invalid_count = 0
         self._triggers: defaultdict[_Owner, list[float]] = defaultdict(list)
         """Trigger times of changes that are not applied (E10)."""
+
+    def serve(self, mode: str) -> None:
+        """Register the metrics that mode has, and no other mode's."""
+        for spec in _OF_MODES:
+            if spec.serves(mode) and spec not in self._of_mode:
+                make = histogram if spec.kind is Kind.HISTOGRAM else counter
+                self._of_mode[spec] = make(spec, self._registry)
+            elif not spec.serves(mode) and spec in self._of_mode:
+                self._registry.unregister(self._of_mode.pop(spec))
 
     # -- what the sync loop tells ------------------------------------------------------------------
 
@@ -133,8 +144,10 @@ class SyncMetrics:
             self._last_synced.labels(label).set(now)
             self._durations.labels(label).observe(took_s)
             self._failed_ports.labels(label).set(failed.count(label))
-            if (extent := self._by_extent[synced.resync]) is not None:
-                extent.labels(label).observe(took_s)
+            self._observe(_EXTENTS[synced.resync], label, took_s)
+        for look in synced.report.reconciled:
+            self._observe(catalog.CONNTRACK_DURATION, look.family.label, look.took_s)
+            self._observe(catalog.CONNTRACK_DELETED, look.family.label, look.deleted)
         self._services_pending.set(0)
         self._slices_pending.set(0)
         for owner, times in self._triggers.items():
@@ -159,6 +172,14 @@ class SyncMetrics:
     def failed(self, error: DataplaneError) -> None:
         """Count a sync the dataplane refused; what waits goes on waiting."""
         self._failures.inc()
+
+    def _observe(self, spec: Spec, label: str, value: float) -> None:
+        """Add to a metric that not every mode has."""
+        metric = self._of_mode.get(spec)
+        if isinstance(metric, Histogram):
+            metric.labels(label).observe(value)
+        elif metric is not None:
+            metric.labels(label).inc(value)
 
     def _compare(self, name: ServiceName, old: Slices, new: Slices) -> int:
         """Count the slices of a Service that changed, and remember what triggered it."""

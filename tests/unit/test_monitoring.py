@@ -41,7 +41,7 @@ class Rig:
                 **self.options,
             }
         )
-        self.monitoring = Monitoring(settings, FakeDataplane(), EventRecorder(self))
+        self.monitoring = Monitoring(settings, EventRecorder(self))
 
     def send(self, event: Event) -> None:
         self.events.append(event)
@@ -69,11 +69,14 @@ def test_pages_are_where_the_settings_say(rig: Rig) -> None:
     """Health everywhere, metrics on the loopback; what one counts the other shows."""
     rig.start()
     eventually(lambda: not refuses(rig.health_port, "::1") and not refuses(rig.metrics_port))
+    assert get(rig.metrics_port, "/proxyMode").status == 503, "a compile may take its time"
+    rig.monitoring.serve(FakeDataplane(), {"ebpf": "no BTF"})
     rig.sync()
     assert get(rig.health_port, "/healthz", address="::1").status == 200
     text = get(rig.metrics_port, "/metrics").body.decode()
     assert 'kubeproxy_proxy_healthz_total{code="200"} 1.0' in text
     assert "ebpf_svc_ready 1.0" in text
+    assert 'ebpf_svc_mode_refused{mode="ebpf",reason="no BTF"} 1.0' in text
     assert get(rig.metrics_port, "/proxyMode").body == b"fake"
     config = get(rig.metrics_port, "/configz").json["kubeproxy.config.k8s.io"]
     assert config["healthzBindAddress"] == f"0.0.0.0:{rig.health_port}"

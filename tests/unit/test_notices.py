@@ -83,7 +83,7 @@ class Rig:
         self.sink, self.dataplane, self.now_s = Sink(), Filling(), 0.0
         self.notices = Notices(
             EventRecorder(self.sink),
-            self.dataplane,
+            lambda: self.dataplane,
             "node1",
             tells_problems=tells_problems,
             clock=lambda: self.now_s,

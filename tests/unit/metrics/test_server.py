@@ -28,7 +28,6 @@ class Rig:
             lambda handler: sites_of(
                 "metrics", f"127.0.0.1:{port}", handler, lambda site, error: None
             ),
-            mode="ebpf",
             configz=lambda: {"kind": "KubeProxyConfiguration"},
             with_debug=with_debug,
             server=HttpServer("test"),
@@ -47,7 +46,7 @@ def rig() -> Iterator[Rig]:
 def test_pages_are_kube_proxys(rig: Rig) -> None:
     """/healthz is constant, /proxyMode the bare word, /configz under its key (HS7)."""
     assert get(rig.port, "/healthz").body == b"ok"
-    assert get(rig.port, "/proxyMode").body == b"ebpf"
+    assert get(rig.port, "/proxyMode").body == b"fake"
     assert get(rig.port, "/configz").json == {
         "kubeproxy.config.k8s.io": {"kind": "KubeProxyConfiguration"}
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ebpf_svc.dataplane.base import ApplyReport
+from ebpf_svc.dataplane.base import ApplyReport, Reconciled
 from ebpf_svc.errors import ApplyError, DataplaneError
 from ebpf_svc.metrics.sync import SyncMetrics
 from ebpf_svc.model.desired import DesiredState
@@ -68,9 +68,12 @@ class Rig:
         details: Mapping[str, int] | None = None,
         repaired: tuple[str, ...] = (),
         problems: tuple[Problem, ...] = (),
+        reconciled: tuple[Reconciled, ...] = (),
     ) -> None:
         desired = self._planner.plan(self.snapshot)
-        report = ApplyReport(failed=failed, details=details or {}, repaired=repaired)
+        report = ApplyReport(
+            failed=failed, details=details or {}, repaired=repaired, reconciled=reconciled
+        )
         desired = DesiredState(desired.plans, problems=problems)
         self.metrics.applied(Synced(desired, report, resync, plan_s=0.002, apply_s=0.01))
 
@@ -265,3 +268,23 @@ def test_one_change_among_many_costs_the_loop_little(rig: Rig) -> None:
     name = make_name("s77")
     rig.queue(replace(snapshot, slices=slices | {name: (slice_of("10.1.0.2", service="s77"),)}))
     assert [args[0] for args in calls] == [name]  # type: ignore[index]
+
+
+def test_metrics_of_a_mode_come_and_go_with_it() -> None:
+    """After a switch a collector sees what the mode that serves has, and no other's."""
+    full, deleted = (
+        "kubeproxy_sync_full_proxy_rules_duration_seconds_count",
+        "kubeproxy_conntrack_reconciler_deleted_entries_total",
+    )
+    rig = Rig(mode="ebpf")
+    rig.queue(make_snapshot(WEB))
+    rig.apply(resync=True, reconciled=(Reconciled(Family.V4, 3, 0.01),))
+    assert {full, deleted}.isdisjoint(rig.collect().names)
+    rig.metrics.serve("nftables")
+    rig.apply(resync=True, reconciled=(Reconciled(Family.V4, 3, 0.01),))
+    assert rig.collect().value(full, ip_family="IPv4") == 1
+    assert rig.collect().value(deleted, ip_family="IPv4") == 3
+    rig.metrics.serve("ipvs")
+    rig.apply(reconciled=(Reconciled(Family.V4, 2, 0.01),))
+    assert full not in rig.collect().names
+    assert rig.collect().value(deleted, ip_family="IPv4") == 5
