@@ -24,8 +24,13 @@ def prepare(settings: Settings, *, strict: bool) -> None:
     Raises:
         UnsupportedHost: something cannot be done, with what would mend it.
     """
-    from ebpf_svc.host import conntrack  # noqa: PLC0415  # not for dataplanes in memory
-    from ebpf_svc.host.mounts import ensure_bpffs  # noqa: PLC0415
+    mount_bpffs(settings)
+    set_up_conntrack(settings, strict=strict)
+
+
+def mount_bpffs(settings: Settings) -> None:
+    """Have a BPF file system where maps and programs are to be; raises UnsupportedHost."""
+    from ebpf_svc.host.mounts import ensure_bpffs  # noqa: PLC0415  # not for other dataplanes
 
     path = settings.ebpf.bpffs
     try:
@@ -34,6 +39,12 @@ def prepare(settings: Settings, *, strict: bool) -> None:
         raise
     except OSError as error:
         raise UnsupportedHost([f"{path}: {error.strerror} (mount -t bpf bpf {path})"]) from error
+
+
+def set_up_conntrack(settings: Settings, *, strict: bool) -> None:
+    """Give connection tracking what the settings say (S1-S6); as `prepare`."""
+    from ebpf_svc.host import conntrack  # noqa: PLC0415  # not for dataplanes in memory
+
     failures = conntrack.set_up(settings.conntrack)
     fatal = [str(failure) for failure in failures if failure.fatal or strict]
     if fatal:

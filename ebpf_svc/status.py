@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ STATUS = "status.json"
 STATE = "state.json"
 SETTINGS = "settings.json"
 """The settings of the agent that served last, for the command that goes back to kube-proxy."""
-FILES = (STATUS, STATE, SETTINGS)
+CONTROL = "control.sock"
+"""Where the running agent listens to other commands."""
+FILES = (STATUS, STATE, SETTINGS, CONTROL)
 """All that an agent leaves in its run directory."""
 
 
@@ -65,9 +67,19 @@ class _Entry:
 class StatusWriter:
     """Keeps both files of one agent; used by its sync loop only."""
 
-    def __init__(self, run_dir: Path, *, mode: str, node: str) -> None:
-        self._run_dir = run_dir
-        self._who = {"pid": os.getpid(), "version": __version__, "node": node, "mode": mode}
+    def __init__(
+        self, run_dir: Path, *, node: str, serving: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            run_dir: where the files go.
+            node: this node's name.
+            serving: asked with every write what serves: `mode`, and `refused` where others were
+                preferred.
+        """
+        self._run_dir, self._serving = run_dir, serving
+        self._who = {"pid": os.getpid(), "version": __version__, "node": node}
         self._plans: Mapping[PlanKey, ServicePlan] = {}
         self._entries: dict[PlanKey, _Entry] = {}
         self._frontend_count = self._backend_count = self._refusing_count = 0
@@ -141,7 +153,7 @@ class StatusWriter:
             "backends": self._backend_count,
             "without_endpoints": self._refusing_count,
         }
-        status = {**self._who, **fields, "last_sync_s": time.time(), "services": services}
+        status = {**self._who, **self._serving(), **fields, "last_sync_s": time.time(), "services": services}
         write_atomically(self._run_dir / STATUS, json.dumps(status) + "\n")
 
 

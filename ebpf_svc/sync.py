@@ -10,9 +10,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport
@@ -35,7 +35,9 @@ log = get_logger(__name__)
 class AppliesStates(Protocol):
     """What of a dataplane the loop uses, once it is open."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The mode that chooses it; may be another after an apply."""
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """As `Dataplane.apply`."""
@@ -125,6 +127,7 @@ class SyncLoop:
         *,
         on_ready: Callable[[], None] = lambda: None,
         observers: Sequence[SyncObserver] = (),
+        about: Callable[[], Mapping[str, Any]] = dict,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """Bind the parts; nothing runs yet.
@@ -134,12 +137,17 @@ class SyncLoop:
             clock: None = the machine's.
             on_ready: called once, after the first apply that reached the dataplane.
             observers: told of every sync, in this order.
+            about: what the status file says of the dataplane besides its mode.
             jitter: gives numbers from 0 to below 1.
         """
         self._store, self._planner, self._dataplane = store, planner, dataplane
         self._settings, self._clock = settings, clock or SystemClock()
         self._on_ready, self._observers, self._jitter = on_ready, observers, jitter
-        self._status = StatusWriter(settings.run_dir, mode=dataplane.name, node=settings.node_name)
+        self._status = StatusWriter(
+            settings.run_dir,
+            node=settings.node_name,
+            serving=lambda: {"mode": dataplane.name, **about()},
+        )
         self._closing = threading.Event()
         self._resync_wanted = False
         self._wanted = planner, settings

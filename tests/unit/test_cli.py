@@ -125,6 +125,7 @@ class Tool:
         self, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.run_dir, self.kernel, self._capsys = run_dir, Kernel(), capsys
+        self.refused: dict[str, str] = {}
         self._place = ("--run-dir", str(run_dir), "--bpffs", str(run_dir.parent))
         for name in ("show", "check", "cleanup"):
             module = importlib.import_module(f"ebpf_svc.cli.{name}")
@@ -140,7 +141,9 @@ class Tool:
 
     def sync(self, *problems: Problem) -> None:
         """Leave the files an agent leaves."""
-        writer = status.StatusWriter(self.run_dir, mode="ebpf", node="node1")
+        writer = status.StatusWriter(
+            self.run_dir, node="node1", serving=lambda: {"mode": "ebpf", "refused": self.refused}
+        )
         writer.starting()
         writer.synced(DESIRED, problems=problems, failed=(), took_ms=1.0)
 
