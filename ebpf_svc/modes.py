@@ -11,6 +11,7 @@ from ebpf_svc.errors import ConfigError
 
 _CLASSES = {
     "ebpf": ("ebpf_svc.dataplane.ebpf.dataplane", "EbpfDataplane"),
+    "userspace": ("ebpf_svc.dataplane.userspace.dataplane", "UserspaceDataplane"),
     # In memory, for tests; gone with the process.
     "fake": ("ebpf_svc.dataplane.fake", "FakeDataplane"),
 }

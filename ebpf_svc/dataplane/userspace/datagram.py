@@ -1,0 +1,163 @@
+"""Relay UDP: a socket towards a backend for each client, kept while datagrams come (U6)."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING, Any
+
+from ebpf_svc.log import get_logger
+from ebpf_svc.model.desired import Backend
+
+if TYPE_CHECKING:
+    from ebpf_svc.dataplane.userspace.relay import Door, Relay
+
+AT_ONCE = 64
+"""Datagrams taken from one socket before others get their turn."""
+DATAGRAM_BYTES = 1 << 16
+"""More than the largest datagram; kube-proxy cut them at 4096 (U6)."""
+
+log = get_logger(__name__)
+
+
+class Flow:
+    """One client's datagrams to one door."""
+
+    def __init__(self, clients: Clients, client: tuple[Any, ...], backend: Backend) -> None:
+        """Open the socket; raises OSError."""
+        self._clients, self.client, self.backend = clients, client, backend
+        family = socket.AF_INET6 if ":" in backend.address else socket.AF_INET
+        self.upstream = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            self.upstream.setblocking(False)
+            self.upstream.connect((backend.address, backend.port))
+        except OSError:
+            self.upstream.close()
+            raise
+        relay = clients.relay
+        self.used = relay.loop.time()
+        self._own = relay.claim(self.upstream)
+        relay.loop.add_reader(self.upstream.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        """Answers of the backend."""
+        clients = self._clients
+        buffer, port = clients.relay.buffer, clients.door.port
+        for _ in range(AT_ONCE):
+            try:
+                count = self.upstream.recv_into(buffer)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:  # it refuses: the client's next datagram goes elsewhere
+                clients.end(self)
+                return
+            self.used = clients.relay.loop.time()
+            port.packets += 1
+            port.bytes += count
+            clients.answer(buffer[:count], self.client)
+
+    def close(self) -> None:
+        relay = self._clients.relay
+        relay.loop.remove_reader(self.upstream.fileno())
+        self.upstream.close()
+        relay.disclaim(self._own)
+
+
+class Clients:
+    """The clients of one door."""
+
+    def __init__(self, relay: Relay, door: Door, listener: socket.socket) -> None:
+        self.relay, self.door, self._listener = relay, door, listener
+        self.flows: dict[tuple[Any, ...], Flow] = {}
+        relay.loop.add_reader(listener.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        buffer = self.relay.buffer
+        for _ in range(AT_ONCE):
+            try:
+                count, client = self._listener.recvfrom_into(buffer)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                # What an earlier answer met on its way; the socket itself is fine.
+                log.debug("relay.listener", error=errno.errorcode.get(error.errno or 0, ""))
+                continue
+            if self.relay.is_own(client):
+                self.relay.counts.loops += 1
+                continue
+            self.forward(buffer[:count], client)
+
+    def forward(self, data: memoryview, client: tuple[Any, ...]) -> None:
+        """Send a client's datagram to its backend, or to another when that one refuses."""
+        for _ in range(2):
+            flow = self.flows.get(client) or self._open(client)
+            if flow is None:
+                return
+            try:
+                flow.upstream.send(data)
+            except (BlockingIOError, InterruptedError):
+                return  # no room: datagrams get lost, it is their nature
+            except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    return
+                # The refusal of an earlier one, told now.
+                self.end(flow)
+                self.door.port.choice.failed(client[0])
+                self.relay.counts.retries += 1
+                continue
+            flow.used = self.relay.loop.time()
+            self.door.port.packets += 1
+            self.door.port.bytes += len(data)
+            return
+
+    def answer(self, data: memoryview, client: tuple[Any, ...]) -> None:
+        """Send a backend's answer to its client, from the door it asked."""
+        try:
+            self._listener.sendto(data, client)
+        except OSError as error:
+            log.debug("relay.answer", error=errno.errorcode.get(error.errno or 0, ""))
+
+    def _open(self, client: tuple[Any, ...]) -> Flow | None:
+        relay, door = self.relay, self.door
+        if not relay.has_room():
+            relay.counts.limited += 1
+            return None
+        address = client[0]
+        backend = door.port.choice.pick(address, local=door.is_local(address))
+        if backend is None:
+            relay.counts.failed += 1
+            return None
+        try:
+            flow = Flow(self, client, backend)
+        except OSError as error:
+            relay.counts.failed += 1
+            log.debug("relay.refused", backend=str(backend), error=str(error))
+            return None
+        relay.fds += 1
+        door.port.connections += 1
+        self.flows[client] = flow
+        return flow
+
+    def end(self, flow: Flow) -> None:
+        if self.flows.get(flow.client) is flow:
+            del self.flows[flow.client]
+            self.relay.fds -= 1
+            flow.close()
+
+    def expire(self, before: float) -> None:
+        """End the flows without a datagram since a time of the loop's."""
+        for flow in [each for each in self.flows.values() if each.used < before]:
+            self.end(flow)
+
+    def retain(self, backends: frozenset[tuple[str, int]]) -> None:
+        """End the flows to backends that are gone; draining ones are not (C5)."""
+        for flow in list(self.flows.values()):
+            if (flow.backend.address, flow.backend.port) not in backends:
+                self.end(flow)
+
+    def close(self) -> None:
+        """Stop listening and forget every client."""
+        self.relay.loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        for flow in list(self.flows.values()):
+            self.end(flow)
