@@ -15,7 +15,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image behaviours bench-packet bench-apply bench-watch clean need-root
+.PHONY: help bootstrap demo test $(rings) image behaviours bench-path bench-packet bench-apply bench-watch clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -69,6 +69,9 @@ behaviour: need-root bootstrap ## whole agents in a cluster of network namespace
 
 behaviours: need-root bootstrap ## docs/behaviours.md from a run of the behaviour ring (root)
 	@$(pytest) tests/behaviour --matrix docs/behaviours.md
+
+bench-path: need-root bootstrap ## connections, requests, throughput: every mode beside no Service at all (root)
+	@.venv/bin/ebpf-svc bench path $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty program (root)
 	@.venv/bin/ebpf-svc bench packet $(if $(JSON),--json '$(JSON)') $(ARGS)

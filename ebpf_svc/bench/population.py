@@ -62,9 +62,13 @@ class Population:
             revision=snapshot.revision + 1,
         )
 
-    def write_manifests(self, folder: Path) -> None:
-        """Write Services and EndpointSlices as lists of JSON, as `kubectl get -o json` has them."""
-        for start in range(0, self.services, _PER_FILE):
+    def write_manifests(self, folder: Path, *, after: int = 0) -> None:
+        """Write Services and EndpointSlices as lists of JSON, as `kubectl get -o json` has them.
+
+        Args:
+            after: how many services the folder holds already.
+        """
+        for start in range(after, self.services, _PER_FILE):
             items = [
                 item
                 for i in range(start, min(start + _PER_FILE, self.services))

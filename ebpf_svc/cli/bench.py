@@ -12,7 +12,7 @@ import click
     name="bench",
     context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
 )
-@click.argument("what", type=click.Choice(["packet", "apply", "watch"]))
+@click.argument("what", type=click.Choice(["path", "packet", "apply", "watch"]))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def command(what: str, options: tuple[str, ...]) -> None:
     """Measure on this machine what the dataplane costs.
@@ -23,6 +23,7 @@ def command(what: str, options: tuple[str, ...]) -> None:
 
     \b
     What:
+      path     connections, requests, throughput, beside the peers and no Service at all
       packet   nanoseconds per packet of the loaded programs (--quick: less of it)
       apply    seconds from a change to the kernel, writes and memory
       watch    from an API server to the maps: lists, events, memory

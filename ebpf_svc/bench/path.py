@@ -1,0 +1,278 @@
+"""What a packet's way to a backend costs: every variant side by side, taking turns round by round.
+
+All clusters are up at the same time; each figure is measured variant after variant, again and
+again, so that what disturbs a minute disturbs all of them. Root; the machine's own namespaces stay
+untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ebpf_svc.bench import generator, measures, tables
+from ebpf_svc.bench.figures import Comparison, Figure
+from ebpf_svc.bench.generator import Outcome, Server
+from ebpf_svc.bench.measures import MEASURES, Measure, Step
+from ebpf_svc.bench.population import Population
+from ebpf_svc.bench.progress import Progress
+from ebpf_svc.bench.record import environment
+from ebpf_svc.bench.site import Site
+from ebpf_svc.bench.variants import DEFAULT, WAYS, Way, choose
+from ebpf_svc.config import EbpfSettings
+from ebpf_svc.errors import EbpfSvcError
+from ebpf_svc.testbed.host import Host
+
+SERVICES = (1, 1_000, 10_000)
+FULL_AT = 1_000
+ENDPOINTS = 3
+BUSY_SHARE = 0.9
+"""Of the CPU, that client and server got: below, others had much of it."""
+GENERATOR_SHARE = 0.33
+"""Of the CPU time, that the generator's own instructions may take."""
+_START_MS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much to measure."""
+
+    services: Sequence[int] = SERVICES
+    endpoints: int = ENDPOINTS
+    """Of the services that are there and not asked."""
+    rounds: int = 7
+    ms: int = 150
+    """Of one sample."""
+    variants: Sequence[str] = DEFAULT
+    measures: Sequence[str] = ()
+    """Keys; none = all."""
+    full_at: int = FULL_AT
+    """Services at which everything is measured."""
+
+    @classmethod
+    def short(cls) -> Options:
+        """What a run for CI does."""
+        return cls(services=(1, 100), rounds=3, ms=60, full_at=100)
+
+
+def run(options: Options, *, command: str = "") -> Comparison:
+    """Measure.
+
+    Raises:
+        EbpfSvcError: a variant that should run here did not.
+    """
+    progress = Progress()
+    ways, variants = choose(options.variants)
+    for variant in variants:
+        if variant.skipped:
+            progress.done(f"{variant.name}: skipped: {variant.skipped}")
+    comparison = Comparison(
+        "path",
+        variants,
+        {**environment(), "command": command},
+        parameters=asdict(options),
+    )
+    with ExitStack() as undo:
+        cache_dir = EbpfSettings().cache_dir
+        binary = generator.program(cache_dir)
+        sites: dict[str, Site] = {}
+        for way in ways:
+            if way.place not in sites:
+                progress.doing(f"{way.name}: cluster")
+                site = Site(
+                    way.mode,
+                    binary=binary,
+                    cache_dir=cache_dir,
+                    cpu=_cpu(),
+                    update=_sized(way, options),
+                    tracked=way.tracked,
+                )
+                sites[way.place] = undo.enter_context(closing(site))
+        _Run(options, comparison, ways, sites, binary, progress).all()
+    comparison.took_s = round(time.time() - comparison.started_s, 1)
+    comparison.environment["load_after_1m"] = os.getloadavg()[0]
+    return comparison
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run: what is open, and what was seen."""
+
+    options: Options
+    comparison: Comparison
+    ways: Sequence[Way]
+    sites: dict[str, Site]
+    binary: Path
+    progress: Progress
+    cpu_ns: int = 0
+    user_ns: int = 0
+    elapsed_ns: int = 0
+
+    def all(self) -> None:
+        """Take every figure."""
+        options = self.options
+        steps = list(
+            measures.steps(options.services, full_at=options.full_at, wanted=options.measures)
+        )
+        reached = 0
+        before_ns = sum(server.user_ns() for server in self._servers())
+        for number, step in enumerate(steps):
+            if step.services != reached:
+                self._grow(step.services)
+                reached = step.services
+            left_s = sum(self._takes_s(later) for later in steps[number:])
+            what = f"{step.measure.title}, {step.services:,} services, {step.backends} backends"
+            self.progress.doing(what, left_s=left_s)
+            figure = self._take(step)
+            self.comparison.figures.append(figure)
+            self.progress.done(tables.line(figure, self.comparison))
+        self.user_ns += sum(server.user_ns() for server in self._servers()) - before_ns
+        self._warn()
+
+    def _servers(self) -> list[Server]:
+        return [server for site in self.sites.values() for server in site.servers]
+
+    def _takes_s(self, step: Step) -> float:
+        ways = sum(1 for way in self.ways if not (step.measure.outside and way.shares))
+        return ways * ((self.options.rounds * (self.options.ms + 15)) + _START_MS) / 1000
+
+    def _grow(self, services: int) -> None:
+        programmed = self.comparison.parameters.setdefault("programmed_s", {})
+        for name, site in self.sites.items():
+            if site.has_agent:
+                self.progress.doing(f"{name}: {services:,} services")
+                took_s = site.grow(Population(services, self.options.endpoints))
+                programmed[f"{name} {services}"] = round(took_s, 2)
+
+    def _take(self, step: Step) -> Figure:
+        """Every variant in turn, so many rounds; the first run of each warms up."""
+        measure, figure = step.measure, measures.figure(step)
+        ways = [way for way in self.ways if not (measure.outside and way.shares)]
+        outcomes: dict[str, list[Outcome]] = {way.name: [] for way in ways}
+        for way in ways:
+            self._run_once(way, step, _START_MS)
+        for turn in range(self.options.rounds):
+            # A rotation: nobody always follows the same neighbour's caches.
+            for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):
+                outcomes[way.name].append(self._run_once(way, step, self.options.ms))
+        figure.samples = {
+            name: [measure.value(outcome) for outcome in seen] for name, seen in outcomes.items()
+        }
+        measures.summarize(figure, measure, outcomes)
+        return figure
+
+    def _run_once(self, way: Way, step: Step, ms: int) -> Outcome:
+        site, measure = self.sites[way.place], step.measure
+        host = site.asker("outside" if measure.outside else way.asker)
+        order = measure.order(step.backends, direct=way.mode is None)
+        _set_offload(host, measure)
+        try:
+            seen = generator.run(
+                host, self.binary, order, ms=ms, cpu=_cpu(), others_cpu_ns=site.cpu_ns
+            )
+        except EbpfSvcError as error:
+            error.add_note(f"variant {way.name}, {measure.title}, {step.services:,} services")
+            raise
+        self.cpu_ns += seen.cpu_ns
+        self.user_ns += seen.user_ns
+        self.elapsed_ns += seen.elapsed_ns
+        return seen
+
+    def _warn(self) -> None:
+        """Say what makes the figures doubtful."""
+        notes, environment = self.comparison.notes, self.comparison.environment
+        environment["cpu_share"] = round(self.cpu_ns / self.elapsed_ns, 3)
+        environment["generator_share"] = round(self.user_ns / self.cpu_ns, 3)
+        if environment["cpu_share"] < BUSY_SHARE:
+            notes.append(
+                f"The machine was busy: the generator had {environment['cpu_share']:.0%} of its "
+                "CPU. Rates are per second of CPU and stand; latencies beyond the median do not."
+            )
+        if environment["generator_share"] > GENERATOR_SHARE:
+            notes.append(
+                f"The generator's own instructions took {environment['generator_share']:.0%} of "
+                "the CPU time: differences between the variants are larger than they look."
+            )
+
+
+_segmented: set[str] = set()
+"""Namespaces whose eth0 leaves segmentation to the stack at the moment."""
+
+
+def _set_offload(host: Host, measure: Measure) -> None:
+    name = host.namespace.name
+    if measure.segmented == (name in _segmented):
+        return
+    state = "off" if measure.segmented else "on"
+    host.run(["ethtool", "-K", "eth0", "tso", state, "gso", state])
+    (_segmented.add if measure.segmented else _segmented.discard)(name)
+
+
+def _cpu() -> int:
+    """The last CPU there is: interrupts and daemons are more often on the first."""
+    return max(os.sched_getaffinity(0))
+
+
+def _sized(way: Way, options: Options) -> dict[str, object]:
+    """Settings of a way, with tables that hold as many services as there will be."""
+    update = dict(way.update)
+    count = max(options.services) * 2
+    if way.mode == "ebpf" and count * options.endpoints > EbpfSettings().backend_entries:
+        update["ebpf"] = {
+            **dict(update.get("ebpf", {})),
+            "frontend_entries": count,
+            "backend_entries": count * options.endpoints,
+            "slot_entries": count * options.endpoints * 2,
+        }
+    return update
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line, measure, print and write."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    given = _parser().parse_args(words)
+    base = Options.short() if given.short else Options()
+    services = tuple(given.services or base.services)
+    options = Options(
+        services=services,
+        endpoints=given.endpoints,
+        rounds=given.rounds or base.rounds,
+        ms=given.ms or base.ms,
+        variants=tuple(given.variants),
+        measures=tuple(given.measures or ()),
+        full_at=base.full_at if base.full_at in services else services[-1],
+    )
+    command = shlex.join(["ebpf-svc", "bench", "path", *words])
+    comparison = run(options, command=command)
+    print("\n".join(tables.comparison(comparison)))
+    if given.json is not None:
+        comparison.write(given.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ebpf-svc bench path", description=__doc__)
+    names = [way.name for way in WAYS]
+    keys = [measure.key for measure in MEASURES]
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
+    parser.add_argument("--short", action="store_true", help="less of all, in under a minute")
+    parser.add_argument("--services", type=int, nargs="+", metavar="N")
+    parser.add_argument("--endpoints", type=int, default=ENDPOINTS, metavar="N")
+    parser.add_argument("--rounds", type=int, metavar="N")
+    parser.add_argument("--ms", type=int, metavar="N", help="length of a sample")
+    parser.add_argument("--variants", nargs="+", choices=names, default=DEFAULT, metavar="NAME",
+                        help=f"of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--measures", nargs="+", choices=keys, metavar="KEY",
+                        help=f"of {', '.join(keys)}")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

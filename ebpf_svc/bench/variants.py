@@ -1,0 +1,84 @@
+"""The ways that are compared, and which of them this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ebpf_svc.bench.figures import Variant
+from ebpf_svc.config import Settings
+from ebpf_svc.modes import MODES, make_dataplane
+
+DIRECT = "direct"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A variant before it is known whether it runs here."""
+
+    name: str
+    title: str
+    mode: str | None
+    """Of the agent; None = no agent."""
+    asker: str = "pod"
+    """Who asks inside the cluster."""
+    site: str = ""
+    """Ways of one site share a cluster; empty = one of its own."""
+    update: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ."""
+    tracked: bool = False
+    """Without an agent: let the kernel track connections all the same."""
+
+    @property
+    def place(self) -> str:
+        """The site's name."""
+        return self.site or self.name
+
+    @property
+    def shares(self) -> bool:
+        """Another way of the same site stands for it where who asks makes no difference."""
+        return bool(self.site) and self.site != self.name
+
+
+WAYS = (
+    Way(DIRECT, "direct, no Service", None),
+    Way("conntrack", "direct, connection tracking on", None, tracked=True),
+    Way("ebpf", "eBPF, socket hooks", "ebpf"),
+    Way("ebpf-tc", "eBPF, tc only", "ebpf", asker="sandbox", site="ebpf"),
+    Way("nftables", "nftables", "nftables"),
+    Way("iptables", "iptables", "iptables"),
+    Way("ipvs", "ipvs", "ipvs"),
+    Way("userspace", "userspace", "userspace"),
+)
+DEFAULT = tuple(way.name for way in WAYS if way.name != "userspace")
+
+
+def choose(names: Sequence[str]) -> tuple[list[Way], list[Variant]]:
+    """The ways of these names that run here, and all of them as variants, with reasons.
+
+    Raises:
+        KeyError: there is no way of that name.
+    """
+    by_name = {way.name: way for way in WAYS}
+    ways, variants = [], []
+    reasons: dict[str | None, str] = {}
+    for name in names:
+        way = by_name[name]
+        if way.mode not in reasons:
+            reasons[way.mode] = _reason_against(way.mode)
+        reason = reasons[way.mode]
+        variants.append(Variant(way.name, way.title, reason))
+        if not reason:
+            ways.append(way)
+    return ways, variants
+
+
+def _reason_against(mode: str | None) -> str:
+    """Why a mode cannot be measured here; empty = it can."""
+    if mode is None:
+        return ""
+    if mode not in MODES:
+        return "this version has no such mode"
+    support = make_dataplane(mode, Settings()).check()
+    return "" if support.ok else "; ".join(support.missing)
