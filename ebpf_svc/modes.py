@@ -11,6 +11,7 @@ from ebpf_svc.errors import ConfigError
 
 _CLASSES = {
     "ebpf": ("ebpf_svc.dataplane.ebpf.dataplane", "EbpfDataplane"),
+    "iptables": ("ebpf_svc.dataplane.iptables.dataplane", "IptablesDataplane"),
     "userspace": ("ebpf_svc.dataplane.userspace.dataplane", "UserspaceDataplane"),
     # In memory, for tests; gone with the process.
     "fake": ("ebpf_svc.dataplane.fake", "FakeDataplane"),

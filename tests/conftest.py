@@ -17,7 +17,7 @@ from ebpf_svc.testbed.podnet import PodNetwork
 from tests.behaviour.gaps import GAPS
 from tests.lib.world import World
 
-DATAPLANES = ("ebpf",)
+DATAPLANES = ("ebpf", "iptables", "userspace")
 LOGS = Path("test-logs")
 
 
@@ -78,8 +78,9 @@ def dataplane(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled programs, shared by every agent of the run: one compile each."""
-    return tmp_path_factory.mktemp("cache")
+    """Compiled programs, shared by every agent of the run: one compile each, or none (vm ring)."""
+    given = os.environ.get("EBPF_SVC_ARTIFACTS")
+    return Path(given) if given else tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,11 @@ class Variant:
             return {}  # the legacy tool would make it
         return parse(run([f"{self}-save", "-t", table], timeout_s=TIMEOUT_S))
 
+    def rules(self, table: str, chain: str) -> list[str]:
+        """The rules of one chain, as `Rule.text`; raises CommandError when there is no chain."""
+        listed = run([str(self), "--wait", str(LOCK_S), "-t", table, "-S", chain])
+        return [line[3:] for line in listed.splitlines() if line.startswith("-A ")]
+
     def restore(self, text: str) -> None:
         """Carry commands out, each table whole or not at all; raises CommandError."""
         argv = [f"{self}-restore", "--noflush", "--wait", str(LOCK_S)]

@@ -29,6 +29,8 @@ ANSWER_S = 1.0
 NFT_TABLES = ("ip kube-proxy", "ip6 kube-proxy")
 LINK = "kube-ipvs0"
 CANARY = "KUBE-PROXY-CANARY"
+MARKER = "EBPF-SVC"
+"""An empty chain in table nat: kube-proxy's chains beside it are written by our agent."""
 _SETS = (
     *("LOOP-BACK", "CLUSTER-IP", "EXTERNAL-IP", "EXTERNAL-IP-LOCAL", "LOAD-BALANCER"),
     *("LOAD-BALANCER-LOCAL", "LOAD-BALANCER-FW", "LOAD-BALANCER-SOURCE-CIDR"),
