@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -55,6 +56,9 @@ class ProgramFacts:
     tag: str
     name: str
     map_ids: tuple[int, ...]
+    instruction_count: int
+    verified_count: int
+    """Instructions the verifier walked through, of a million at most; 0 before Linux 5.16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,16 @@ def facts(fd: int) -> ProgramFacts:
     program_type, program_id, tag = struct.unpack_from("=2I8s", info)
     name = info[64:80].split(b"\0")[0].decode()
     map_ids = struct.unpack_from(f"={count}I", ids)
-    return ProgramFacts(program_type, program_id, tag.hex(), name, map_ids)
+    instruction_bytes, verified_count = info[20:24], info[216:220]
+    return ProgramFacts(
+        program_type,
+        program_id,
+        tag.hex(),
+        name,
+        map_ids,
+        int.from_bytes(instruction_bytes, sys.byteorder) // 8,
+        int.from_bytes(verified_count, sys.byteorder),
+    )
 
 
 def by_id(program_id: int) -> int:

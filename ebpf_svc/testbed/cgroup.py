@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from ebpf_svc.errors import UnsupportedHost
+from ebpf_svc.testbed.patience import PATIENCE
 
-KILL_DEADLINE_S = 5.0
+KILL_DEADLINE_S = 5.0 * PATIENCE
 
 
 def cgroup2_root() -> Path:

@@ -11,8 +11,9 @@ from contextlib import suppress
 from typing import Any
 
 from ebpf_svc.errors import EbpfSvcError
+from ebpf_svc.testbed.patience import PATIENCE
 
-REPLY_MARGIN_S = 10.0
+REPLY_MARGIN_S = 10.0 * PATIENCE
 """How much longer than its own timeouts a command may take before the peer counts as hung."""
 
 

@@ -14,11 +14,12 @@ from ebpf_svc.testbed import addressing, cgroup
 from ebpf_svc.testbed.addressing import Addresses
 from ebpf_svc.testbed.control import Peer
 from ebpf_svc.testbed.namespace import Namespace, python_argv
+from ebpf_svc.testbed.patience import PATIENCE
 
 if TYPE_CHECKING:
     from ebpf_svc.testbed.podnet import PodWiring
 
-COMMAND_TIMEOUT_S = 30.0
+COMMAND_TIMEOUT_S = 30.0 * PATIENCE
 
 
 class Host:

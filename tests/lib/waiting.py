@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ebpf_svc.testbed.patience import PATIENCE
+
 T = TypeVar("T")
 
 POLL_S = 0.01
@@ -19,13 +21,13 @@ def eventually(
     Raises:
         AssertionError: it never did within the deadline; the message shows the last value.
     """
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s * PATIENCE
     while True:
         value = look()
         if until(value):
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"after {within_s} s still: {value!r}")
+            raise AssertionError(f"after {within_s * PATIENCE} s still: {value!r}")
         time.sleep(POLL_S)
 
 

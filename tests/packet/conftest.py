@@ -18,7 +18,8 @@ def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where compiled programs are kept while the tests run."""
     if os.geteuid() != 0:
         pytest.skip("needs root: programs are loaded into the kernel")
-    return Path(tmp_path_factory.mktemp("artifacts"))
+    given = os.environ.get("EBPF_SVC_ARTIFACTS")
+    return Path(given) if given else Path(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture(scope="session")

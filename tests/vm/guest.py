@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
+from tests.vm import artifacts
 from tests.vm.kernels import CACHE, Kernel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,6 +56,7 @@ tar -C {repository} -xf $out/repository.tar
 mkdir -p {venv}
 mount --bind "/run/image{venv}" {venv}
 [ -e {repository}/.venv ] || ln -s {venv} {repository}/.venv
+cp -r {artifacts} /tmp/artifacts
 mkdir -p $out/test-logs
 ln -s $out/test-logs {repository}/test-logs
 mkdir -p /sys/fs/bpf
@@ -107,9 +109,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     for name in ("begun", "output", "status"):
         (out / name).unlink(missing_ok=True)
-    image = python_image()
+    image, compiled = python_image(), artifacts.prepare(kernel)
     archive_repository(out / "repository.tar")
-    (out / "guest.sh").write_text(_script(command))
+    (out / "guest.sh").write_text(_script(command, compiled))
     begun = time.monotonic()
     argv = _argv(kernel, image, out, cpus, memory)
     # `timeout` ends the machine also when this process is killed.
@@ -137,7 +139,7 @@ def run(
     return Outcome(int(status.read_text()), time.monotonic() - begun)
 
 
-def _script(command: Sequence[str]) -> str:
+def _script(command: Sequence[str], compiled: Path) -> str:
     environment = {
         "EBPF_SVC_PATIENCE": str(PATIENCE),
         "EBPF_SVC_ARTIFACTS": "/tmp/artifacts",
@@ -152,6 +154,7 @@ def _script(command: Sequence[str]) -> str:
         modules="\n".join(f"modprobe {name}" for name in MODULES),
         folders=shlex.join(str(path) for path in _library_folders()),
         repository=shlex.quote(str(REPOSITORY)),
+        artifacts=shlex.quote(str(compiled)),
         venv=shlex.quote(str(Path(sys.prefix).resolve())),
         environment=shlex.join(f"{name}={value}" for name, value in environment.items()),
         command=shlex.join(command),
