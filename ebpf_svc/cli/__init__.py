@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "ebpf_svc.cli.check",
     "run": "ebpf_svc.cli.run",
     "show": "ebpf_svc.cli.show",
+    "switch": "ebpf_svc.cli.switch",
     "cleanup": "ebpf_svc.cli.cleanup",
     "config": "ebpf_svc.cli.config",
     "migrate": "ebpf_svc.cli.migrate",

@@ -10,7 +10,6 @@ import click
 from ebpf_svc import __version__
 from ebpf_svc.cli.kubeproxy import help_option
 from ebpf_svc.cli.settings import AS_GO, PLACE, SERVING, load_options, settings_options
-from ebpf_svc.config import Mode
 from ebpf_svc.log import configure, get_logger
 
 log = get_logger(__name__)
@@ -73,7 +72,6 @@ def command(write_config_to: Path | None, init_only: bool, cleanup: bool, **opti
 
     run(
         settings,
-        mode=Mode.EBPF if settings.mode is Mode.AUTO else settings.mode,
         reload=lambda: load_options(options).settings,
         config_files=options["config"],
     )

@@ -9,6 +9,9 @@ from ebpf_svc.config.settings import Settings
 
 LIVE_FIELDS = frozenset(
     {
+        "mode",
+        "fallback",
+        "drain_s",
         "log.level",
         "log.format",
         "node_port_addresses",
@@ -20,7 +23,7 @@ LIVE_FIELDS = frozenset(
         "retry_max_s",
     }
 )
-"""Decisions of the plan, the pace of the loop and log lines. The rest is compiled in, sizes what is
+"""Which mode serves, decisions of the plan, the pace of the loop and log lines. The rest is compiled in, sizes what is
 in the kernel, or names what is open."""
 
 

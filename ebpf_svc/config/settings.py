@@ -138,6 +138,10 @@ class Settings(Section):
     """When the mode asked for by name cannot run here, take the next that can; off = say what is
     missing and end.
     """
+    drain_s: Seconds = Field(default=300.0, ge=0)
+    """After a switch of modes, how long connections that were open may go on through the mode that
+    served before; longer ones are cut then. Most modes need no time.
+    """
     kube_proxy_mode: str = ""
     """What a KubeProxyConfiguration asked for, for messages; decides nothing."""
     node_name: str = ""
