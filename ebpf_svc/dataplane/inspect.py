@@ -6,8 +6,9 @@ kernel's conntrack has them) leaves `flows` out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from ebpf_svc.model.desired import FrontendKey, PlanKey
@@ -143,3 +144,64 @@ class ShowsSeries(Protocol):
 
     def series(self) -> Iterable[Series]:
         """Each value; nothing while not open."""
+
+
+class Happening(StrEnum):
+    """What happened to a flow."""
+
+    OPENED = "opened"
+    """A client got a backend, by packet or at its socket."""
+    ENDING = "ending"
+    """One side has ended it."""
+    CLOSED = "closed"
+    """Both sides have, or one reset it."""
+    REFUSED = "refused"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEvent:
+    """Something that happened to a flow."""
+
+    time_s: float
+    """Since the epoch."""
+    what: Happening
+    client: str
+    """Empty where only its socket is known."""
+    client_port: int
+    netns: int
+    """Cookie of the network namespace of the socket that called; 0 = it was a packet."""
+    frontend: FrontendKey
+    backend: tuple[str, int] | None
+    reason: str
+    """Why it was refused or dropped, or who ended it: a key of `monitor.words`."""
+    device: int
+    """Index of the device the packet came by or leaves; 0 = none."""
+    masquerade: bool = False
+    hairpin: bool = False
+
+
+class EventStream(Protocol):
+    """What happens from now on; closing it ends the telling, and so does the end of the process."""
+
+    @property
+    def lost(self) -> int:
+        """Events there was no room for."""
+
+    def wait(self, timeout_s: float) -> Sequence[FlowEvent]:
+        """Events that came since the last call, oldest first; none when time is over."""
+
+    def close(self) -> None:
+        """Stop listening."""
+
+
+@runtime_checkable
+class ShowsEvents(Protocol):
+    """A backend that can tell what happens to flows while it happens."""
+
+    def events(self) -> EventStream:
+        """Listen; needs no `open()`.
+
+        Raises:
+            UnsupportedHost: nothing serves here, another one listens, or this kernel cannot tell.
+        """

@@ -17,18 +17,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from ebpf_svc.config import Settings, SocketLB
+from ebpf_svc.config import EbpfSettings, Settings, SocketLB
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.counters import NO_FLOWS, Counters, StepTimes
+from ebpf_svc.dataplane.ebpf.events import RingEvents
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.programs import Programs
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
-from ebpf_svc.dataplane.inspect import FlowCounts, FlowView, KernelPart, MapFill, Traffic
+from ebpf_svc.dataplane.inspect import (
+    EventStream,
+    FlowCounts,
+    FlowView,
+    KernelPart,
+    MapFill,
+    Traffic,
+)
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
 from ebpf_svc.host import nft
 from ebpf_svc.host.nft import MasqueradeRules
@@ -187,6 +195,18 @@ class EbpfDataplane:
                 for flow in inventory.flow_views(family, codec, opened.family[family])
             ]
 
+    def events(self) -> EventStream:
+        """What happens to flows from now on; works without `open`, beside a running agent."""
+        settings = self._settings.ebpf
+        opened = Tables.look(settings, self._artifacts()) if _has_pins(settings) else None
+        if opened is None:
+            raise UnsupportedHost([f"no maps in {tables.pin_dir(settings)}: no agent served here"])
+        try:
+            return RingEvents(opened, tables.pin_dir(settings))
+        except BaseException:
+            opened.close()
+            raise
+
     def parts(self) -> list[KernelPart]:
         """Every map, filter, hook and rule of ours in this kernel; works without `open`."""
         return inventory.parts(self._settings.ebpf, self._mark)
@@ -287,7 +307,7 @@ class EbpfDataplane:
         """The maps of a running or of a gone agent, by family; none when there are none."""
         opened = self._running.tables if self._running else None
         with ExitStack() as closing, self._lock:
-            if opened is None and tables.pin_dir(self._settings.ebpf).is_dir():
+            if opened is None and _has_pins(self._settings.ebpf):
                 opened = Tables.look(self._settings.ebpf, self._artifacts())
                 if opened is not None:
                     closing.callback(opened.close)
@@ -298,3 +318,7 @@ class EbpfDataplane:
                     (opened, Codec(family, of_family), family)
                     for family, of_family in opened.family.items()
                 ]
+
+
+def _has_pins(settings: EbpfSettings) -> bool:
+    return tables.pin_dir(settings).is_dir()

@@ -1,0 +1,1 @@
+"""What happens to flows of services, with names and reasons, as it happens."""
