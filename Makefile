@@ -76,8 +76,8 @@ bench-path: need-root bootstrap ## connections, requests, throughput: every mode
 bench-packet: need-root bootstrap ## nanoseconds per packet, beside an empty program (root)
 	@.venv/bin/ebpf-svc bench packet $(if $(JSON),--json '$(JSON)') $(ARGS)
 
-bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, memory (root)
-	@.venv/bin/ebpf-svc bench apply $(if $(JSON),--json '$(JSON)') $(ARGS)
+bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, memory (root; MODE=nftables)
+	@.venv/bin/ebpf-svc bench apply $(if $(MODE),--mode '$(MODE)') $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 bench-watch: need-root bootstrap ## from an API server to the maps: lists, events, memory (root)
 	@.venv/bin/ebpf-svc bench watch $(if $(JSON),--json '$(JSON)') $(ARGS)

@@ -23,6 +23,8 @@ NODES = 20
 """Machines the endpoints are spread over."""
 _FIRST_VIP = int(ipaddress.ip_address("10.96.0.1"))
 _FIRST_POD = int(ipaddress.ip_address("10.128.0.1"))
+_FIRST_OTHER_POD = int(ipaddress.ip_address("10.64.0.0"))
+"""Addresses of endpoints that replace others."""
 _PER_FILE = 1000
 """Services whose manifests share a file."""
 
@@ -51,16 +53,37 @@ class Population:
             snapshot: of this population, changed or not.
             number: of the change; each names another service and another address.
         """
-        name = _name(number * 7919 % self.services)
-        (old,) = snapshot.slices[name]
-        address = f"10.{64 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
-        fresh = replace(old.endpoints[-1], address=address)
-        new = replace(old, endpoints=(*old.endpoints[:-1], fresh))
-        return replace(
-            snapshot,
-            slices={**snapshot.slices, name: (new,)},
-            revision=snapshot.revision + 1,
-        )
+        return self._replaced(snapshot, {number * 7919 % self.services: 1}, number)
+
+    def churned(self, snapshot: Snapshot, number: int) -> Snapshot:
+        """The same with one endpoint of every hundredth service replaced.
+
+        Args:
+            number: of the round; each names other services and addresses.
+        """
+        chosen = range(number % 100, self.services, 100)
+        return self._replaced(snapshot, dict.fromkeys(chosen, 1), number * self.services)
+
+    def rolled_out(self, snapshot: Snapshot, number: int, *, services: int = 100) -> Snapshot:
+        """The same with every endpoint of so many services replaced."""
+        chosen = [(number * services + i) % self.services for i in range(services)]
+        first = number * services * self.endpoints
+        return self._replaced(snapshot, dict.fromkeys(chosen, self.endpoints), first)
+
+    def _replaced(self, snapshot: Snapshot, counts: dict[int, int], first: int) -> Snapshot:
+        """Replace the last so many endpoints of services by ones with addresses of their own."""
+        slices = dict(snapshot.slices)
+        for i, count in counts.items():
+            name = _name(i)
+            (old,) = slices[name]
+            kept = old.endpoints[: len(old.endpoints) - count]
+            fresh = [
+                replace(each, address=str(ipaddress.ip_address(_FIRST_OTHER_POD + first + n)))
+                for n, each in enumerate(old.endpoints[len(kept) :])
+            ]
+            slices[name] = (replace(old, endpoints=(*kept, *fresh)),)
+            first += count
+        return replace(snapshot, slices=slices, revision=snapshot.revision + 1)
 
     def write_manifests(self, folder: Path, *, after: int = 0) -> None:
         """Write Services and EndpointSlices as lists of JSON, as `kubectl get -o json` has them.

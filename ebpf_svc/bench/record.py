@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from ebpf_svc import __version__
 from ebpf_svc.host import toolchain
 
+_KUBE_PROXY = "kube-proxy"
 FORMAT = 1
 """Raise it when a field of the JSON changes meaning."""
 
@@ -35,6 +36,8 @@ class Series:
     """What the figure must not exceed, judged by `judged`; None = it is only told."""
     judged: str = "median"
     """Which property is held against the limit: `median`, `p99` or `most`."""
+    beside: str = ""
+    """What kube-proxy took for the same, in words."""
 
     @property
     def median(self) -> float:
@@ -89,9 +92,10 @@ class Record:
         *,
         limit: float | None = None,
         judged: str = "median",
+        beside: str = "",
     ) -> Series:
         """Keep samples, in the order they were taken; at least one."""
-        series = Series(name, unit, tuple(samples), limit, judged)
+        series = Series(name, unit, tuple(samples), limit, judged, beside)
         self.series.append(series)
         return series
 
@@ -119,6 +123,7 @@ class Record:
                     "limit": each.limit,
                     "judged": each.judged,
                     "holds": each.holds,
+                    "beside": each.beside,
                     "samples": each.samples,
                 }
                 for each in self.series
@@ -129,15 +134,10 @@ class Record:
 
     def print(self, stream: TextIO | None = None) -> None:
         """Print a line per figure: median, spread, least, p99, most, and how the limit fared."""
-        head = ("", "median", "spread", "least", "p99", "most", "n", "limit")
-        rows = [head, *(_row(series) for series in self.series)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            first, *others = (
-                cell.ljust(width) if index == 0 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join([first, *others]).rstrip(), file=stream or sys.stdout)
+        head = ["", "median", "spread", "least", "p99", "most", "n", "limit"]
+        rows = [[*_row(series), series.beside] for series in self.series]
+        for line in aligned([[*head, _KUBE_PROXY if any(row[-1] for row in rows) else ""], *rows]):
+            print(line, file=stream or sys.stdout)
 
 
 def _row(series: Series) -> tuple[str, ...]:
@@ -155,6 +155,17 @@ def _row(series: Series) -> tuple[str, ...]:
         str(len(series.samples)),
         limit,
     )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()
 
 
 def _number(value: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_svc.bench import apply
+from ebpf_svc.bench import apply, kubeproxy
 from ebpf_svc.bench.population import Population
 from ebpf_svc.config import Settings
 from ebpf_svc.model.net import Family
@@ -77,3 +77,35 @@ def test_manifests_of_a_population_hold_both_objects_of_each_service(tmp_path: P
     kinds = [item["kind"] for item in items]
     assert kinds.count("Service") == kinds.count("EndpointSlice") == 1001
     assert items[0]["spec"]["clusterIP"] == "10.96.0.1"
+
+
+def test_churn_changes_one_service_in_a_hundred() -> None:
+    """One endpoint each; the rest keep their identity."""
+    population = Population(300, 2)
+    before = population.snapshot()
+    after = population.churned(before, 5)
+    differing = [name for name in before.slices if before.slices[name] is not after.slices[name]]
+    assert len(differing) == 3
+    for name in differing:
+        (old,), (new,) = before.slices[name], after.slices[name]
+        assert len(set(old.endpoints) - set(new.endpoints)) == 1
+
+
+def test_rollout_replaces_every_endpoint_of_its_services() -> None:
+    """And two rollouts in a row share no address."""
+    population = Population(10, 3)
+    first = population.rolled_out(population.snapshot(), 1, services=4)
+    second = population.rolled_out(first, 2, services=4)
+    addresses = [
+        {each.address for (one,) in snapshot.slices.values() for each in one.endpoints}
+        for snapshot in (population.snapshot(), first, second)
+    ]
+    assert len(addresses[0] - addresses[1]) == len(addresses[1] - addresses[2]) == 12
+
+
+def test_kube_proxys_figures_stand_beside_the_size_they_are_of() -> None:
+    """Its own mode where it has it, all of its modes else; nothing for other sizes."""
+    assert kubeproxy.beside("nftables", 10_000, 10, "cold_s") == "nftables 11.3-14.4"
+    assert kubeproxy.beside("ebpf", 10_000, 10, "cold_s") == "iptables 9, nftables 11.3-14.4"
+    assert kubeproxy.beside("ebpf", 10_000, 3, "cold_s") == ""
+    assert kubeproxy.beside("ebpf", 123, 10, "cold_s") == ""
