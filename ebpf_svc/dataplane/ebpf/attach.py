@@ -8,7 +8,7 @@ tell. Works in the network namespace of the thread that calls `start` or `detach
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ebpf_svc.config import EbpfSettings, SocketLB
 from ebpf_svc.dataplane.ebpf import filters, hooks
@@ -33,8 +33,19 @@ class Attachments:
     `_lock` covers everything below it: the thread and `verify`, `replace` share one netlink socket.
     """
 
-    def __init__(self, programs: Programs, settings: EbpfSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        programs: Programs,
+        settings: EbpfSettings,
+        *,
+        hooks: Collection[str] = SOCKET_PROGRAMS,
+    ) -> None:
+        """Bind to loaded programs; nothing is attached yet.
+
+        Args:
+            hooks: C names of the socket programs to attach, where the settings want any.
+        """
+        self._settings, self._socket_hooks = settings, hooks
         self._lock = threading.Lock()
         self._programs = programs
         self._devices: dict[int, tuple[Link, DeviceRole]] = {}
@@ -173,7 +184,7 @@ class Attachments:
     def _socket_programs(self) -> list[LoadedProgram]:
         if self._settings.socket_lb is SocketLB.OFF:
             return []
-        return [program for program in self._programs if program.name in SOCKET_PROGRAMS]
+        return [program for program in self._programs if program.name in self._socket_hooks]
 
     # The following thread.
 

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.counters import NO_FLOWS, Counters, StepTimes
 from ebpf_svc.dataplane.ebpf.events import RingEvents
+from ebpf_svc.dataplane.ebpf.flows import has_connections
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
-from ebpf_svc.dataplane.ebpf.programs import Programs
+from ebpf_svc.dataplane.ebpf.programs import PEER_PROGRAMS, SOCKET_PROGRAMS, Programs
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.dataplane.inspect import (
@@ -44,6 +46,9 @@ from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey
 from ebpf_svc.model.net import Family
 
+ANSWER_S = 5.0
+"""How long after we retired the answer to a datagram is still told as from the frontend: the
+patience of a resolver."""
 SO_NETNS_COOKIE = 71
 """Not in Python's socket module; Linux 5.14."""
 
@@ -74,6 +79,8 @@ class EbpfDataplane:
         self._mark = 1 << settings.masquerade_bit
         self._lock = threading.RLock()
         self._running: _Running | None = None
+        self._retired_s: float | None = None
+        """Monotonic time from which on new connections were not ours; None = they are."""
 
     def check(self) -> Support:
         """Look at this host by trying; takes a second, and runs a few programs of the host."""
@@ -113,7 +120,7 @@ class EbpfDataplane:
                 raise
             raise DataplaneError(str(error)) from error
 
-    def _open(self) -> _Running:
+    def _open(self, *, retiring: bool = False) -> _Running:
         settings, steps = self._settings.ebpf, StepTimes()
         artifacts = self._artifacts()
         steps.done("compile")
@@ -131,10 +138,13 @@ class EbpfDataplane:
             steps.done("load")
             rules = nft.masquerade_rules(self._mark)
             rules.apply()
-            attachments = Attachments(programs, settings)
+            attachments = Attachments(
+                programs, settings, hooks=PEER_PROGRAMS if retiring else SOCKET_PROGRAMS
+            )
             attachments.start()
             undo.callback(attachments.stop)
-            uses_hooks = settings.socket_lb is not SocketLB.OFF
+            # Endpoints live on when we retire: a socket connected to one has lost nothing.
+            uses_hooks = settings.socket_lb is not SocketLB.OFF and not retiring
             sweeper = Sweeper(
                 forwarding.states,
                 opened.udp_sockets,
@@ -231,8 +241,35 @@ class EbpfDataplane:
         """How long compiling, maps, loading and attaching took; empty while not open."""
         return self._running.start_s if self._running else {}
 
+    def retire(self) -> bool:
+        """Pass new connections to the stack, and translate those that are open until they end.
+
+        Frontends of TCP drain and those of UDP go, so netfilter sees what another dataplane is to
+        translate as it was sent. Of the socket hooks those stay that say who a socket talks to, for
+        answers under way; but what sockets are connected to is theirs and no flow of ours.
+
+        Returns:
+            whether all TCP connections through the programs have ended.
+
+        Raises:
+            DataplaneError, UnsupportedHost, OSError: the maps could not be written or read.
+        """
+        if self._retired_s is None:
+            self.close()
+            if not _has_pins(self._settings.ebpf):
+                return True
+            self._running = self._open(retiring=True)
+            self.apply(DesiredState())
+            self._retired_s = time.monotonic()
+        with self._looking() as codecs:
+            is_busy = any(
+                has_connections(codec, opened.family[family]) for opened, codec, family in codecs
+            )
+        return not is_busy and time.monotonic() - self._retired_s >= ANSWER_S
+
     def close(self) -> None:
         """Stop following and sweeping; programs and maps stay and forward (Z2)."""
+        self._retired_s = None
         running, self._running = self._running, None
         if running is None:
             return

@@ -56,6 +56,15 @@ def idle_limit_s(protocol: int, state: int) -> int:
     return TCP_IDLE_S if state & _ESTABLISHED else SYN_IDLE_S
 
 
+def has_connections(codec: Codec, tables: FamilyTables) -> bool:
+    """Whether any flow needs the programs until it ends: of TCP or SCTP, alive and not closed."""
+    return any(
+        flow.protocol != _UDP and is_alive(flow) and not is_closed(flow)
+        for chunk in FlowReader(codec, tables).chunks()
+        for flow in map(chunk.flow, range(len(chunk.services())))
+    )
+
+
 def _is_closed(state: int) -> bool:
     return bool(state & _RESET) or state & _BOTH_FINS == _BOTH_FINS
 

@@ -67,6 +67,10 @@ SOCKET_PROGRAMS = {
     "recvmsg_mapped": _mapped("mrecvmsg", AttachType.UDP6_RECVMSG),
     "getpeername_mapped": _mapped("mpeername", AttachType.INET6_GETPEERNAME),
 }
+PEER_PROGRAMS = frozenset(
+    name for name in SOCKET_PROGRAMS if name.startswith(("recvmsg", "getpeername"))
+)
+"""Socket programs that only say who a socket talks to, and choose nothing."""
 PROGRAMS: Mapping[str, ProgramSpec] = {**DEVICE_PROGRAMS, **SOCKET_PROGRAMS}
 """C function name -> what it is."""
 
