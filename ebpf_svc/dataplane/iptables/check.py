@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ebpf_svc.dataplane.base import Check
-from ebpf_svc.dataplane.iptables import backend
+from ebpf_svc.dataplane.netfilter import tools
 from ebpf_svc.errors import CommandError
 from ebpf_svc.host.command import run
 from ebpf_svc.host.iptables import TOOLS, Variant
@@ -51,10 +51,10 @@ class Found:
 
 def probe(families: Sequence[Family]) -> Mapping[Family, Found]:
     """Try what rules need; leaves nothing behind."""
-    chosen = backend.choose(families)
+    chosen = tools.choose(families)
     found = {}
     for family in families:
-        variant, why = chosen.get(family), backend.why_unusable(family)
+        variant, why = chosen.get(family), tools.why_unusable(family)
         if why or variant is None:
             found[family] = Found(None, why or f"{TOOLS[family]} is not installed")
         else:
