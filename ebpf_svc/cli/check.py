@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from ebpf_svc.choice import candidates
 from ebpf_svc.cli import FAILURE
 from ebpf_svc.cli.output import print_json, print_table
 from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
@@ -26,31 +28,69 @@ FORWARDING = {Family.V4: "net/ipv4/ip_forward", Family.V6: "net/ipv6/conf/all/fo
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @settings_options(*PLACE)
 def command(as_json: bool, **options: Any) -> None:
-    """Say what this machine can do, and for each missing thing the command that mends it.
+    """Say which modes this machine can run, and for each missing thing the command that mends it.
 
-    Changes nothing. Exit code 1 when something required is missing.
+    Tries what each mode needs, and leaves nothing. Exit code 1 when nothing could serve: no mode
+    at all, or not the one the configuration names.
 
     \b
     Example:
       ebpf-svc check
-      ebpf-svc check --json | jq '.checks[] | select(.ok | not) | .mend'
+      ebpf-svc check --json | jq '.modes.ebpf.missing'
 
     Next: `ebpf-svc run --manifests DIR`.
     """
     settings = settings_from(options)
-    reports = [Support("host", host_checks(settings))]
-    reports.append(Support("kube-proxy", kube_proxy_checks(settings)))
-    reports += [make_dataplane(mode, settings).check() for mode in MODES]
+    host = Support("host", host_checks(settings))
+    beside = Support("kube-proxy", kube_proxy_checks(settings))
+    modes = {mode: make_dataplane(mode, settings).check() for mode in MODES}
+    wanted = [mode for mode in candidates(settings, MODES) if mode in modes]
+    serves = next((mode for mode in wanted if modes[mode].ok), None)
+    ok = host.ok and serves is not None
+    reports = {"host": host, "kube-proxy": beside, **modes}
     if as_json:
         checks = [
-            {"of": each.backend, **asdict(check)} for each in reports for check in each.checks
+            {"of": of, **asdict(check)} for of, each in reports.items() for check in each.checks
         ]
-        print_json({"ok": all(each.ok for each in reports), "checks": checks})
+        print_json(
+            {
+                "ok": ok,
+                "mode": settings.mode.value,
+                "serves": serves,
+                "modes": {
+                    mode: {"ok": each.ok, "missing": list(each.missing)}
+                    for mode, each in modes.items()
+                },
+                "checks": checks,
+            }
+        )
     else:
-        rows = [_row(each.backend, check) for each in reports for check in each.checks]
+        rows = [_row(of, check) for of, each in reports.items() for check in each.checks]
         print_table(["of", "check", "state", "found", "mend it with"], rows)
-    if not all(each.ok for each in reports):
+        click.echo()
+        click.echo(_verdict(settings, serves, wanted, modes))
+    if not ok:
         sys.exit(FAILURE)
+
+
+def _verdict(
+    settings: Settings, serves: str | None, wanted: Sequence[str], modes: Mapping[str, Support]
+) -> str:
+    """Which mode would serve, and why not those before it."""
+    lines = []
+    for mode in wanted:
+        if mode == serves:
+            break
+        lines += [f"mode {mode} cannot run: {sentence}" for sentence in modes[mode].missing]
+    asked = settings.mode.value
+    can_also = [mode for mode, each in modes.items() if each.ok and mode != serves]
+    if serves is None:
+        lines.append(f"With mode {asked} nothing would serve here.")
+    else:
+        lines.append(f"With mode {asked}, {serves} would serve.")
+    if can_also:
+        lines.append(f"Could run, too: {', '.join(can_also)}.")
+    return "\n".join(lines)
 
 
 def host_checks(settings: Settings) -> tuple[Check, ...]:

@@ -274,7 +274,11 @@ def look(settings: Settings, namespace: str | None = None) -> Scene:
 
 def agent_record(scene: Scene) -> Record:
     """The agent in the words of `--json`."""
-    kept = {key: scene.status[key] for key in ("mode", "revision", "node") if key in scene.status}
+    kept = {
+        key: scene.status[key]
+        for key in ("mode", "refused", "revision", "node")
+        if key in scene.status
+    }
     return {"running": scene.agent_pid is not None, "pid": scene.agent_pid, **kept}
 
 
@@ -286,10 +290,12 @@ def _headline(scene: Scene) -> str:
         )
     if not status.get("ready"):
         return f"The agent (pid {scene.agent_pid}) has not synced yet."
-    return (
+    refused = [f"Mode {mode} cannot run: {why}" for mode, why in status.get("refused", {}).items()]
+    line = (
         f"Agent {scene.agent_pid} on {status['node']}, mode {status['mode']}, revision "
         f"{status['revision']}, last sync {age(time.time() - status['last_sync_s'])} ago."
     )
+    return "\n".join([*refused, line])
 
 
 def _cell(value: Any) -> str:

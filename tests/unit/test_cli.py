@@ -17,6 +17,8 @@ import pytest
 from ebpf_svc import cli, status
 from ebpf_svc.cli import COMMANDS, main
 from ebpf_svc.cli.output import print_table
+from ebpf_svc.config import Mode
+from ebpf_svc.control import Progress, Step, SwitchRequest
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.dataplane.inspect import FlowView, KernelPart
 from ebpf_svc.errors import DataplaneError
@@ -305,6 +307,17 @@ def test_show_with_an_agent_names_it(tool: Tool) -> None:
     assert (record["running"], record["revision"]) == (True, 7)
 
 
+def test_show_says_which_modes_were_refused(tool: Tool) -> None:
+    """Whoever wonders about the mode need not read the log of the start."""
+    tool.refused = {"ebpf": "BTF: not there"}
+    tool.sync()
+    with DirectoryLock(tool.run_dir):
+        shown = tool("show")
+        record = tool("show", "--json").json()["agent"]
+    assert shown.out.splitlines()[0] == "Mode ebpf cannot run: BTF: not there"
+    assert record["refused"] == tool.refused
+
+
 def test_show_of_nothing_says_so(tool: Tool) -> None:
     """An empty table would leave the reader guessing."""
     tool.kernel.held = {}
@@ -335,6 +348,37 @@ def test_check_that_fails_says_how_to_mend_it(tool: Tool) -> None:
     checked = tool("check")
     assert checked.code == 1
     assert any("MISSING" in line and line.endswith(mend) for line in checked.out.splitlines())
+    assert "With mode auto nothing would serve here." in checked.out
+
+
+def test_check_says_which_mode_would_serve_and_why_no_better_one(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Exit code 1 only where nothing could serve: a named mode is not made up for by others."""
+    supports = {
+        "ebpf": Support("ebpf", (Check("BTF", False, "not there", "apt-get install …"),)),
+        "nftables": Support("nftables", (Check("nft", True, "1.0.9"),)),
+        "iptables": Support("iptables", (Check("xtables", True, "legacy"),)),
+    }
+    module = importlib.import_module("ebpf_svc.cli.check")
+    monkeypatch.setattr(module, "MODES", tuple(supports))
+    monkeypatch.setattr(module, "host_checks", lambda settings: ())
+    monkeypatch.setattr(
+        module, "make_dataplane", lambda mode, settings: Kernel(checks=supports[mode].checks)
+    )
+    checked = tool("check")
+    assert checked.code == 0
+    assert checked.out.splitlines()[-3:] == [
+        "mode ebpf cannot run: BTF: not there (apt-get install …)",
+        "With mode auto, nftables would serve.",
+        "Could run, too: iptables.",
+    ]
+    record = tool("check", "--json").json()
+    assert (record["ok"], record["serves"]) == (True, "nftables")
+    assert record["modes"]["ebpf"] == {"ok": False, "missing": list(supports["ebpf"].missing)}
+    config = tmp_path / "named.yaml"
+    config.write_text("mode: ebpf\n")
+    assert tool("check", "--config", str(config)).code == 1
 
 
 def test_cleanup_says_what_it_removed(tool: Tool) -> None:
@@ -371,6 +415,59 @@ def test_cleanup_under_a_running_agent_is_refused(tool: Tool) -> None:
     assert cleaned.code == 1
     assert "stop it" in cleaned.err
     assert tool.kernel.installed
+
+
+class Agent:
+    """A running agent that answers a switch with these steps."""
+
+    def __init__(self, *steps: Progress) -> None:
+        self.steps, self.asked = steps, list[SwitchRequest]()
+
+    def ask(self, run_dir: Path, request: SwitchRequest) -> Iterable[Progress]:
+        self.asked.append(request)
+        return iter(self.steps)
+
+
+def test_switch_tells_each_step_once_and_what_a_restart_does(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a pipe the seconds of waiting are one line, not hundreds."""
+    agent = Agent(
+        Progress(Step.OPENING, "iptables"),
+        Progress(Step.SERVING, "iptables"),
+        Progress(Step.DRAINING, "ebpf", "1 s of at most 9 s"),
+        Progress(Step.DRAINING, "ebpf", "2 s of at most 9 s"),
+        Progress(Step.DONE, "ebpf", "nothing of it is left"),
+    )
+    monkeypatch.setattr("ebpf_svc.cli.switch.ask", agent.ask)
+    done = tool("switch", "iptables", "--drain-s", "9")
+    assert (done.code, done.out.splitlines()) == (
+        0,
+        [
+            "iptables: is opened beside the mode that serves",
+            "iptables: serves; connections that are open go on as they are",
+            "ebpf: waiting for its connections, 1 s of at most 9 s",
+            "ebpf: nothing of it is left",
+            "A restart takes the mode of the configuration: set `mode: iptables` to keep it.",
+        ],
+    )
+    assert agent.asked == [SwitchRequest(mode=Mode.IPTABLES, drain_s=9.0)]
+
+
+def test_switch_that_fails_says_why(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1, the reason, and that all is as it was."""
+    agent = Agent(Progress(Step.FAILED, "", "mode iptables: no iptables. ebpf goes on as it was"))
+    monkeypatch.setattr("ebpf_svc.cli.switch.ask", agent.ask)
+    failed = tool("switch", "iptables")
+    assert failed.code == 1
+    assert failed.err == "ebpf-svc: mode iptables: no iptables. ebpf goes on as it was\n"
+
+
+def test_switch_without_an_agent_says_how_to_start_one(tool: Tool) -> None:
+    """There is nothing to switch."""
+    failed = tool("switch", "ebpf")
+    assert failed.code == 1
+    assert "no agent runs in" in failed.err
 
 
 def test_run_without_manifests_is_a_usage_error(tool: Tool) -> None:
