@@ -15,16 +15,19 @@ from ebpf_svc.modes import make_dataplane
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.podnet import PodNetwork
 from tests.behaviour.gaps import GAPS
+from tests.lib.variants import VARIANTS, Variant
 from tests.lib.world import World
 
-DATAPLANES = ("ebpf", "iptables", "userspace")
 LOGS = Path("test-logs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ebpf-svc")
     group.addoption(
-        "--dataplane", choices=DATAPLANES, action="append", help="only this dataplane; repeatable"
+        *("--dataplane", "--variant"),
+        choices=VARIANTS,
+        action="append",
+        help="only this dataplane, or this way to run it; repeatable",
     )
     group.addoption(
         "--keep", action="store_true", help="leave the clusters of failed tests up, for a look"
@@ -32,9 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "dataplane" in metafunc.fixturenames:
-        names = metafunc.config.getoption("dataplane") or DATAPLANES
-        metafunc.parametrize("dataplane", names, indirect=True, scope="session")
+    if "variant" in metafunc.fixturenames:
+        names = metafunc.config.getoption("dataplane") or VARIANTS
+        metafunc.parametrize("variant", names, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,8 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root (namespaces, BPF): sudo make test"))
         callspec = getattr(item, "callspec", None)
-        name = callspec.params.get("dataplane", "") if callspec else ""
-        reason = GAPS.get((name, getattr(item, "originalname", item.name)))
+        name = callspec.params.get("variant", "") if callspec else ""
+        test = getattr(item, "originalname", item.name)
+        mode = VARIANTS[name].mode if name else ""
+        reason = GAPS.get((name, test)) or GAPS.get((mode, test))
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
@@ -67,13 +72,21 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def dataplane(request: pytest.FixtureRequest) -> str:
-    """The dataplane under test; one that cannot run here is skipped in its own words."""
-    name: str = request.param
-    support = make_dataplane(name, Settings()).check()
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """The dataplane under test, and its options; one that cannot run here is skipped in its own
+    words.
+    """
+    variant = VARIANTS[request.param]
+    support = make_dataplane(variant.mode, Settings()).check()
     if not support.ok:
         pytest.skip(str(UnsupportedHost(support.missing)))
-    return name
+    return variant
+
+
+@pytest.fixture(scope="session")
+def dataplane(variant: Variant) -> str:
+    """The mode of the dataplane under test."""
+    return variant.mode
 
 
 @pytest.fixture(scope="session")
@@ -96,12 +109,14 @@ class Worlds:
 
     def __init__(self, cache_dir: Path, *, keep: bool) -> None:
         self._cache_dir, self._keep = cache_dir, keep
-        self._worlds: dict[tuple[str, PodNetwork], World] = {}
+        self._worlds: dict[tuple[Variant, PodNetwork], World] = {}
 
-    def of(self, dataplane: str, network: PodNetwork) -> World:
-        key = (dataplane, network)
+    def of(self, variant: Variant, network: PodNetwork) -> World:
+        key = (variant, network)
         if key not in self._worlds:
-            self._worlds[key] = World(network, cache_dir=self._cache_dir, mode=dataplane)
+            self._worlds[key] = World(
+                network, cache_dir=self._cache_dir, mode=variant.mode, ebpf=variant.ebpf
+            )
         return self._worlds[key]
 
     def close(self) -> None:
@@ -130,6 +145,6 @@ def pod_network(request: pytest.FixtureRequest) -> PodNetwork:
 
 
 @pytest.fixture(scope="session")
-def world(dataplane: str, pod_network: PodNetwork, worlds: Worlds) -> World:
+def world(variant: Variant, pod_network: PodNetwork, worlds: Worlds) -> World:
     """A cluster of that pod network with agents of that dataplane, shared by the whole run."""
-    return worlds.of(dataplane, pod_network)
+    return worlds.of(variant, pod_network)

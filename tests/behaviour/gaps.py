@@ -6,4 +6,4 @@ Closing a gap fails the run until its row goes.
 from __future__ import annotations
 
 GAPS: dict[tuple[str, str], str] = {}
-"""(dataplane, test function) -> why, in a sentence."""
+"""(dataplane or variant, test function) -> why, in a sentence."""

@@ -50,7 +50,7 @@ class Matrix:
         """Note the outcome of a test under its function and dataplane."""
         report = yield
         callspec = getattr(item, "callspec", None)
-        dataplane = callspec.params.get("dataplane") if callspec else None
+        dataplane = callspec.params.get("variant") if callspec else None
         if dataplane is None or not isinstance(item, pytest.Function):
             return report
         if report.when != "call" and report.passed:

@@ -42,6 +42,7 @@ class World:
         cache_dir: Path,
         mode: str = "ebpf",
         settings: Mapping[str, Any] | None = None,
+        ebpf: Mapping[str, Any] | None = None,
     ) -> None:
         self.failed = False
         """A test that used this world failed."""
@@ -58,6 +59,7 @@ class World:
             self.manifests.mkdir()
             self._write("nodes", node_manifests(self.cluster.nodes))
             update = dict(settings or {})
+            self._ebpf = dict(ebpf or {})
             self.agents = tuple(
                 Agent(node, self._settings(node).model_copy(update=update), mode=mode)
                 for node in self.cluster.nodes
@@ -73,7 +75,8 @@ class World:
         self._numbers = itertools.count(1)
 
     def _settings(self, node: Node) -> Settings:
-        return self.cluster.settings(node, self.manifests)
+        settings = self.cluster.settings(node, self.manifests)
+        return settings.model_copy(update={"ebpf": settings.ebpf.model_copy(update=self._ebpf)})
 
     @property
     def askers(self) -> tuple[Host, ...]:
