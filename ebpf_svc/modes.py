@@ -11,6 +11,8 @@ from ebpf_svc.errors import ConfigError
 
 _CLASSES = {
     "ebpf": ("ebpf_svc.dataplane.ebpf.dataplane", "EbpfDataplane"),
+    "nftables": ("ebpf_svc.dataplane.nftables.dataplane", "NftablesDataplane"),
+    "ipvs": ("ebpf_svc.dataplane.ipvs.dataplane", "IpvsDataplane"),
     "iptables": ("ebpf_svc.dataplane.iptables.dataplane", "IptablesDataplane"),
     "userspace": ("ebpf_svc.dataplane.userspace.dataplane", "UserspaceDataplane"),
     # In memory, for tests; gone with the process.
