@@ -8,10 +8,12 @@ step.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from ebpf_svc.dataplane.userspace.affinity import Affinity
 from ebpf_svc.model.desired import Backend, PlanKey, ServicePlan
+
+NODE = "node"
 
 
 class _Turn:
@@ -49,8 +51,23 @@ class _Turn:
 class Choice:
     """The backends of one service port."""
 
-    def __init__(self, key: PlanKey, affinity: Affinity, rng: random.Random) -> None:
-        self._name, self._affinity, self._rng = str(key), affinity, rng
+    def __init__(
+        self,
+        key: PlanKey,
+        affinity: Affinity,
+        rng: random.Random,
+        is_own: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """Bind to a service port.
+
+        Args:
+            key: the service port.
+            affinity: what all service ports remember.
+            rng: shuffles.
+            is_own: whether an address is the node's: its processes are one client (P14), whatever
+                source the route to a frontend gives them.
+        """
+        self._name, self._affinity, self._rng, self._is_own = str(key), affinity, rng, is_own
         self._turns = {False: _Turn(), True: _Turn()}
         self._affinity_s = 0
 
@@ -73,6 +90,7 @@ class Choice:
         turn = self._turns[local]
         if not self._affinity_s:
             return turn.pick(avoid)
+        client = self._client(client)
         name = self._affinity.get(self._name, client, self._affinity_s)
         kept = turn.find(name) if name is not None else None
         backend = kept if kept is not None and kept not in avoid else turn.pick(avoid)
@@ -88,7 +106,11 @@ class Choice:
 
     def failed(self, client: str) -> None:
         """A client's backend did not answer: affinity to it is void (U5)."""
-        self._affinity.forget(self._name, client)
+        if self._affinity_s:
+            self._affinity.forget(self._name, self._client(client))
+
+    def _client(self, address: str) -> str:
+        return NODE if self._is_own(address) else address
 
 
 def backend_name(backend: Backend) -> str:

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Datagrams taken from one socket before others get their turn."""
+AVOIDED_S = 1.0
+"""How long new flows avoid a backend that has refused one."""
 DATAGRAM_BYTES = 1 << 16
 """More than the largest datagram; kube-proxy cut them at 4096 (U6)."""
+
+DATAGRAM = ("", 0)
+"""Stands for the place a datagram socket of ours goes to."""
 
 log = get_logger(__name__)
 
@@ -36,7 +41,8 @@ class Flow:
             raise
         relay = clients.relay
         self.used = relay.loop.time()
-        self._own = relay.claim(self.upstream)
+        # Of a datagram nobody tells where it was sent to; but no two sockets share a port here.
+        self._own = relay.claim(self.upstream, DATAGRAM)
         relay.loop.add_reader(self.upstream.fileno(), self._readable)
 
     def _readable(self) -> None:
@@ -49,7 +55,7 @@ class Flow:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:  # it refuses: the client's next datagram goes elsewhere
-                clients.end(self)
+                clients.refused(self)
                 return
             self.used = clients.relay.loop.time()
             port.packets += 1
@@ -69,6 +75,8 @@ class Clients:
     def __init__(self, relay: Relay, door: Door, listener: socket.socket) -> None:
         self.relay, self.door, self._listener = relay, door, listener
         self.flows: dict[tuple[Any, ...], Flow] = {}
+        self._refusing: dict[Backend, float] = {}
+        """Backends that refused, and when."""
         relay.loop.add_reader(listener.fileno(), self._readable)
 
     def _readable(self) -> None:
@@ -82,7 +90,7 @@ class Clients:
                 # What an earlier answer met on its way; the socket itself is fine.
                 log.debug("relay.listener", error=errno.errorcode.get(error.errno or 0, ""))
                 continue
-            if self.relay.is_own(client):
+            if self.relay.is_own((*client[:2], *DATAGRAM)):
                 self.relay.counts.loops += 1
                 continue
             self.forward(buffer[:count], client)
@@ -101,8 +109,7 @@ class Clients:
                 if error.errno == errno.EMSGSIZE:
                     return
                 # The refusal of an earlier one, told now.
-                self.end(flow)
-                self.door.port.choice.failed(client[0])
+                self.refused(flow)
                 self.relay.counts.retries += 1
                 continue
             flow.used = self.relay.loop.time()
@@ -123,7 +130,10 @@ class Clients:
             relay.counts.limited += 1
             return None
         address = client[0]
-        backend = door.port.choice.pick(address, local=door.is_local(address))
+        since = relay.loop.time() - AVOIDED_S
+        self._refusing = {each: at for each, at in self._refusing.items() if at > since}
+        local = door.is_local(address)
+        backend = door.port.choice.pick(address, local=local, avoid=self._refusing)
         if backend is None:
             relay.counts.failed += 1
             return None
@@ -138,7 +148,14 @@ class Clients:
         self.flows[client] = flow
         return flow
 
+    def refused(self, flow: Flow) -> None:
+        """A backend refuses: its client chooses anew, and not this one if there is another."""
+        self._refusing[flow.backend] = self.relay.loop.time()
+        self.door.port.choice.failed(flow.client[0])
+        self.end(flow)
+
     def end(self, flow: Flow) -> None:
+        """Forget a client."""
         if self.flows.get(flow.client) is flow:
             del self.flows[flow.client]
             self.relay.fds -= 1

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import struct
 from collections.abc import Iterator
 
 from ebpf_svc.dataplane.inspect import FlowView
 from ebpf_svc.dataplane.userspace.relay import Door, Relay
-from ebpf_svc.dataplane.userspace.stream import Stream
+from ebpf_svc.dataplane.userspace.stream import Stream, called
 from ebpf_svc.model.desired import FrontendKey
-from ebpf_svc.model.net import Family, Protocol
-
-_ORIGINAL_DST = 80
-"""SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST: where a client went before netfilter translated."""
+from ebpf_svc.model.net import Protocol
 
 
 def flow_views(relay: Relay) -> Iterator[FlowView]:
@@ -48,21 +43,8 @@ def flow_views(relay: Relay) -> Iterator[FlowView]:
 
 def _called(stream: Stream) -> FrontendKey:
     """The frontend that a connection came for."""
-    client = stream.client
-    try:
-        if stream.door.plan.key.family is Family.V4:
-            raw = client.getsockopt(socket.IPPROTO_IP, _ORIGINAL_DST, 16)
-            port, packed = struct.unpack_from("!2xH4s", raw)
-            return FrontendKey(socket.inet_ntop(socket.AF_INET, packed), port, Protocol.TCP)
-        raw = client.getsockopt(socket.IPPROTO_IPV6, _ORIGINAL_DST, 28)
-        port, packed = struct.unpack_from("!2xH4x16s", raw)
-        return FrontendKey(socket.inet_ntop(socket.AF_INET6, packed), port, Protocol.TCP)
-    except OSError:
-        try:
-            address, port = client.getsockname()[:2]
-        except OSError:  # it ends just now
-            return _first(stream.door)
-        return FrontendKey(address, port, Protocol.TCP)
+    address, port = called(stream.client)
+    return FrontendKey(address, port, Protocol.TCP) if port else _first(stream.door)
 
 
 def _first(door: Door) -> FrontendKey:

@@ -25,7 +25,7 @@ from ebpf_svc.dataplane.userspace.affinity import Affinity
 from ebpf_svc.dataplane.userspace.choice import Choice
 from ebpf_svc.dataplane.userspace.datagram import DATAGRAM_BYTES, Clients
 from ebpf_svc.dataplane.userspace.doors import DoorId, DoorPlan, listen
-from ebpf_svc.dataplane.userspace.stream import Stream
+from ebpf_svc.dataplane.userspace.stream import Stream, called
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import PlanKey, ServicePlan
@@ -42,7 +42,10 @@ PAUSE_S = 0.1
 """How long a door stays shut when no file can be opened."""
 CALL_S = 30.0
 SWEEP_S = 60.0
+ADDRESSES_S = 10.0
 
+Own = tuple[str, int, str, int]
+"""A socket: its address and port, and those it goes to."""
 Result = TypeVar("Result")
 log = get_logger(__name__)
 
@@ -104,8 +107,9 @@ class Relay:
         self.ports: dict[PlanKey, Port] = {}
         self.doors: dict[DoorId, Door] = {}
         self._streams: set[Stream] = set()
-        self._own: set[tuple[str, int]] = set()
+        self._own: set[Own] = set()
         self._tasks: list[asyncio.Task[Any]] = []
+        self._of_node: dict[str, bool] = {}
         self._limit = 0
         self.loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
@@ -147,6 +151,7 @@ class Relay:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self._expire()
+        self._forget_addresses()
         # Not at once: which services there are is not known yet.
         self.loop.call_later(SWEEP_S, self._sweep)
         try:
@@ -164,7 +169,7 @@ class Relay:
         """Serve a plan: new flows go to its backends, datagrams to those that left end (C7)."""
         port = self.ports.get(plan.key)
         if port is None:
-            port = Port(plan, Choice(plan.key, self._affinity, self._rng))
+            port = Port(plan, Choice(plan.key, self._affinity, self._rng, self._is_of_node))
             self.ports[plan.key] = port
         port.plan = plan
         port.choice.take(plan)
@@ -237,22 +242,26 @@ class Relay:
 
     # -- for streams and datagrams -----------------------------------------------------------------
 
-    def claim(self, upstream: socket.socket) -> tuple[str, int] | None:
-        """Remember a socket of ours by its address, to know it should it come in by a door."""
+    def claim(self, upstream: socket.socket, target: tuple[str, int]) -> Own | None:
+        """Remember a socket of ours by its ends, to know it should it come in by a door."""
         try:
-            own: tuple[str, int] = upstream.getsockname()[:2]
+            own: Own = (*upstream.getsockname()[:2], *target)
         except OSError:
             return None
         self._own.add(own)
         return own
 
-    def disclaim(self, own: tuple[str, int] | None) -> None:
+    def disclaim(self, own: Own | None) -> None:
+        """Forget a socket that is closed."""
         if own is not None:
             self._own.discard(own)
 
-    def is_own(self, client: tuple[Any, ...]) -> bool:
-        """Whether a client is the relay: an endpoint leads back here, for ever if we let it."""
-        return client[:2] in self._own
+    def is_own(self, own: Own) -> bool:
+        """Whether a client is the relay: an endpoint leads back here, for ever if we let it.
+
+        Its own end is not enough: two connections to different places may share a port.
+        """
+        return own in self._own
 
     def has_room(self) -> bool:
         """Whether one more flow may be opened."""
@@ -301,7 +310,7 @@ class Relay:
                     self._pause(door)
                     return
                 continue  # that client has gone already
-            if self.is_own(address):
+            if self.is_own((*address[:2], *called(client))):
                 self.counts.loops += 1
                 stream.refuse(client)
                 continue
@@ -320,6 +329,25 @@ class Relay:
             if door.clients is not None and door.clients.flows:
                 door.clients.expire(before)
         self.loop.call_later(max(idle_s / 4, 0.05), self._expire)
+
+    def _forget_addresses(self) -> None:
+        """Addresses come and go; to try one costs four calls of the kernel."""
+        self._of_node.clear()
+        self.loop.call_later(ADDRESSES_S, self._forget_addresses)
+
+    def _is_of_node(self, address: str) -> bool:
+        """Whether an address is on this node: only then can a socket have it."""
+        known = self._of_node.get(address)
+        if known is None:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                try:
+                    trial.bind((address, 0))
+                    known = True
+                except OSError:
+                    known = False
+            self._of_node[address] = known
+        return known
 
     def _sweep(self) -> None:
         """Forget affinity that is over: of services, of backends, by time."""

@@ -20,7 +20,7 @@ from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import Backend
 
 if TYPE_CHECKING:
-    from ebpf_svc.dataplane.userspace.relay import Door, Relay
+    from ebpf_svc.dataplane.userspace.relay import Door, Own, Relay
 
 CONNECT_S = (0.25, 0.5, 1.0, 2.0)
 """How long each attempt to reach a backend may take (U5)."""
@@ -32,6 +32,8 @@ KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_
 """A peer that vanished is noticed after two minutes."""
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close() send a reset."""
+ORIGINAL_DST = 80
+"""SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST, which Python does not name."""
 _AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 log = get_logger(__name__)
@@ -52,7 +54,7 @@ class Stream:
         self.upstream: socket.socket | None = None
         self.used = self.loop.time()
         self.pumps: tuple[Pump, ...] = ()
-        self._own: tuple[str, int] | None = None
+        self._own: Own | None = None
         self._failed: list[Backend] = []
         self._timer: asyncio.TimerHandle | None = None
         self.closed = False
@@ -89,7 +91,7 @@ class Stream:
         if code in (0, errno.EINPROGRESS):
             assert self.upstream is not None
             # Known before its first packet can come back to us through a frontend.
-            self._own = self.relay.claim(self.upstream)
+            self._own = self.relay.claim(self.upstream, (backend.address, backend.port))
             self._timer = self.loop.call_later(CONNECT_S[attempt], self._refused, errno.ETIMEDOUT)
             self.loop.add_writer(self.upstream.fileno(), self._connected)
         else:
@@ -290,6 +292,23 @@ def accepted(
     stream = Stream(relay, door, client, address)
     stream.connect()
     return stream
+
+
+def called(client: socket.socket) -> tuple[str, int]:
+    """The address and port a client called, before netfilter translated; `` and 0 when unknown."""
+    try:
+        if client.family == socket.AF_INET:
+            raw = client.getsockopt(socket.IPPROTO_IP, ORIGINAL_DST, 16)
+            port, packed = struct.unpack_from("!2xH4s", raw)
+        else:
+            raw = client.getsockopt(socket.IPPROTO_IPV6, ORIGINAL_DST, 28)
+            port, packed = struct.unpack_from("!2xH4x16s", raw)
+        return socket.inet_ntop(client.family, packed), port
+    except OSError:  # nobody translated
+        with suppress(OSError):
+            address, port = client.getsockname()[:2]
+            return address, port
+    return "", 0
 
 
 def refuse(client: socket.socket) -> None:
