@@ -20,6 +20,9 @@ _QUIET_IPV6 = {
     for scope in ("all", "default")
     for name, value in (("accept_dad", 0), ("accept_ra", 0), ("router_solicitations", 0))
 }
+# The kernel tells a client at most six times in a burst, then once a second, that nobody listens at
+# a port; tests ask more often than that.
+_TALKATIVE = {"net/ipv4/icmp_ratemask": 0, "net/ipv6/icmp/ratelimit": 0}
 
 # A shell joins the cgroup before the program exists: sockets belong to the cgroup they open in.
 _JOIN_CGROUP = ("/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
@@ -34,7 +37,7 @@ class Namespace:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         with self.netlink() as ip:
             ip.link("set", index=1, state="up")
-        self.sysctl(_QUIET_IPV6)
+        self.sysctl({**_QUIET_IPV6, **_TALKATIVE})
 
     @property
     def path(self) -> Path:
