@@ -263,6 +263,17 @@ def remove_ipsets(names: Iterable[str]) -> None:
         raise DataplaneError(f"ipsets {', '.join(stuck)}")
 
 
+def is_ours(variant: iptables.Variant) -> bool:
+    """Whether our agent wrote kube-proxy's chains here; raises CommandError."""
+    try:
+        variant.rules("nat", MARKER)
+    except CommandError as error:
+        if error.code == 1:
+            return False
+        raise
+    return True
+
+
 def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
     """What betrays rules of a kube-proxy, in words; cheap, however many services it had.
 
@@ -277,6 +288,6 @@ def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
     for variant in iptables.variants(families):
         with suppress(DataplaneError):
             mangle = variant.save("mangle").get("mangle")
-            if mangle and CANARY in mangle.chains:
+            if mangle and CANARY in mangle.chains and not is_ours(variant):
                 found.append(f"chain {CANARY} and others ({variant})")
     return tuple(found)

@@ -15,7 +15,7 @@ from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Node
-from ebpf_svc.testbed.traces import traces
+from tests.lib.law import check_law
 from tests.lib.strategies import snapshot_sequences
 
 LAWS = settings(
@@ -40,27 +40,7 @@ def test_what_is_applied_is_read_back_and_applied_once(
     cleanup() nothing is left.
     """
     node, given_settings = site
-    options = PlanOptions.from_settings(given_settings)
-    planner = Planner(options)
+    planner = Planner(PlanOptions.from_settings(given_settings))
     states = [planner.plan(each) for each in data.draw(snapshot_sequences())]
     with node.namespace.entered():
-        before = traces(node)
-        made = make_dataplane(dataplane, given_settings)
-        made.open()
-        try:
-            for number, desired in enumerate(states):
-                assert made.apply(desired).failed == ()
-                assert made.read() == made.view(desired)
-                assert made.apply(desired).writes == 0
-                if number % 2:
-                    made.close()
-                    made = make_dataplane(dataplane, given_settings)
-                    made.open()
-                    report = made.apply(desired)
-                    assert (report.failed, report.repaired) == ((), ())
-                again = made.apply(desired, resync=True)
-                assert (again.writes, again.repaired) == (0, ())
-                assert made.read() == made.view(desired)
-        finally:
-            made.cleanup()
-        assert traces(node) == before
+        check_law(lambda: make_dataplane(dataplane, given_settings), node, states)

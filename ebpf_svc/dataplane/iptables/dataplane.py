@@ -21,11 +21,19 @@ from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
 from ebpf_svc.host import sysctl
 from ebpf_svc.host.iptables import Variant
 from ebpf_svc.log import get_logger
-from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey, ServicePlan
+from ebpf_svc.model.desired import (
+    DesiredState,
+    FrontendKey,
+    FrontendKind,
+    FrontendView,
+    PlanKey,
+    ServicePlan,
+)
 from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
 
 _ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
+_LOOPBACK = "127.0.0.1"
 _BE_LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
 _METRIC = "kubeproxy_sync_proxy_rules_iptables_"
 
@@ -42,6 +50,7 @@ class _Running:
     """Plans the kernel holds, apart from those that failed."""
     others: tuple[Variant, ...]
     """Tools an earlier run wrote with, and the host no longer uses."""
+    routes_loopback: bool = False
 
 
 class IptablesDataplane:
@@ -62,7 +71,6 @@ class IptablesDataplane:
 
         Raises:
             UnsupportedHost: this machine lacks something; each thing missing is a sentence.
-            DataplaneError: node ports on 127.0.0.1 cannot be had.
         """
         found = check.probe(self._settings.families)
         support = Support(self.name, tuple(check.checks(found)))
@@ -73,9 +81,6 @@ class IptablesDataplane:
             for family, each in found.items()
             if each.variant is not None
         }
-        for rules in families.values():
-            if rules.options.localhost:
-                _route_localnet()
         others = tuple(_other_backends(families))
         self._running = _Running(families, StaleFlows(tuple(families)), {}, others)
         for family, rules in families.items():
@@ -111,6 +116,11 @@ class IptablesDataplane:
             count += outcome.changed
         if failure is not None:
             raise failure
+        if not running.routes_loopback and any(
+            _has_loopback(desired.plans.get(key)) for key in changed.get(Family.V4, ())
+        ):
+            _route_localnet()
+            running.routes_loopback = True
         for variant in running.others:
             log.warning("iptables.moved", command=str(variant))
             removal.remove(variant)
@@ -139,9 +149,8 @@ class IptablesDataplane:
     def read(self) -> dict[FrontendKey, FrontendView]:
         """What the rules say, as far as they are ours; works without `open`."""
         views: dict[FrontendKey, FrontendView] = {}
-        options = self._served()
-        for variant in backend.written_by_us(tuple(options)):
-            views |= readback.read(variant.save(), options[variant.family])
+        for variant in backend.written_by_us(self._settings.families):
+            views |= readback.read(variant.save())
         return views
 
     def parts(self) -> Iterator[KernelPart]:
@@ -224,12 +233,17 @@ def _other_backends(families: Mapping[Family, FamilyRules]) -> Iterator[Variant]
     return (each for each in backend.written_by_us(tuple(Family)) if each not in chosen)
 
 
+def _has_loopback(plan: ServicePlan | None) -> bool:
+    """Whether node ports of it answer on 127.0.0.1."""
+    return plan is not None and any(
+        each.kind is FrontendKind.NODE_PORT and each.key.address == _LOOPBACK
+        for each in plan.frontends
+    )
+
+
 def _route_localnet() -> None:
     """Let packets from 127.0.0.1 leave for a pod (S7); KUBE-FIREWALL guards against the reverse."""
     try:
         sysctl.write(_ROUTE_LOCALNET, "1")
     except OSError as error:
-        name = _ROUTE_LOCALNET.replace("/", ".")
-        raise DataplaneError(
-            f"{name}: {error.strerror}: set it to 1, or localhostNodePorts to false"
-        ) from error
+        log.warning("iptables.route-localnet", path=_ROUTE_LOCALNET, error=error.strerror)

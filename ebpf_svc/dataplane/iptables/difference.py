@@ -126,7 +126,7 @@ class Comparison:
         """Compare chains that hold rules of many, whose order matters only for the last ones."""
         expected, options = self._expected, self._options
         entries = expected.entries[name] + fixed.entries(options, name, expected.checks)
-        last = fixed.node_port_jumps(options, expected.node_addresses) if name == NAT else []
+        last = fixed.node_port_jumps(expected.node_addresses) if name == NAT else []
         by_owner: dict[str, list[str]] = {}
         for rule in entries:
             by_owner.setdefault(rule.partition(" ")[0], []).append(rule)

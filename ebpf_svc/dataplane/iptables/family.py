@@ -189,8 +189,8 @@ class FamilyRules:
         for table, old_last, new_last in (
             (
                 NAT,
-                fixed.node_port_jumps(options, _present(self._addresses)),
-                fixed.node_port_jumps(options, _present(addresses)),
+                fixed.node_port_jumps(_present(self._addresses)),
+                fixed.node_port_jumps(_present(addresses)),
             ),
             (
                 FILTER,
@@ -329,7 +329,7 @@ class FamilyRules:
     def _all_counts(self, expected: Expected) -> Counter[str]:
         options = self.options
         counts = Counter({NAT: sum(map(len, expected.chains.values()))})
-        counts[NAT] += len(fixed.node_port_jumps(options, expected.node_addresses))
+        counts[NAT] += len(fixed.node_port_jumps(expected.node_addresses))
         for table in (FILTER, NAT):
             counts[table] += len(expected.entries[table]) + len(fixed.jumps(options, table))
             counts[table] += len(fixed.entries(options, table, expected.checks))

@@ -45,7 +45,7 @@ def jumps(options: RuleOptions, table: str) -> list[str]:
     found = [
         f"{chain} {when}{words.comment(what)} -j {to}" for chain, when, what, to in _JUMPS[table]
     ]
-    if table == FILTER and options.localhost:
+    if table == FILTER and options.family is Family.V4:
         found += [f"{chain} -j {chains.FIREWALL}" for chain in ("INPUT", "OUTPUT")]
     return found
 
@@ -88,7 +88,7 @@ def guards(options: RuleOptions, table: str) -> tuple[str, ...]:
     """Rules of KUBE-FIREWALL, which kubelet may have written already (I6): route_localnet lets
     neighbours reach 127.0.0.1.
     """
-    if table != FILTER or not options.localhost:
+    if table != FILTER or options.family is not Family.V4:
         return ()
     loopback = words.LOOPBACK[Family.V4]
     return (
@@ -116,18 +116,13 @@ def entries(options: RuleOptions, table: str, checks: Iterable[HealthCheck]) -> 
     return mine
 
 
-def node_port_jumps(options: RuleOptions, addresses: Iterable[str]) -> list[str]:
-    """The last rules of nat/KUBE-SERVICES: what is sent to this node (I7).
+def node_port_jumps(addresses: Iterable[str]) -> list[str]:
+    """The last rules of nat/KUBE-SERVICES: what is sent to an address node ports answer on (I7).
 
-    Args:
-        options: whether all addresses serve.
-        addresses: those that do, of any service port; none, and there is no jump at all.
+    One each, and not one for all that is local: addresses may be selected anew while we run.
     """
-    selected = sorted(addresses)
-    chain, to = chains.SERVICES, f"-j {chains.NODE_PORTS}"
-    if not options.open_node_ports:
-        return [
-            f"{chain} -d {words.host_prefix(each)} {words.comment(_LAST)} {to}" for each in selected
-        ]
-    but = "" if options.localhost else f"! -d {words.LOOPBACK[options.family]} "
-    return [f"{chain} {but}{words.comment(_LAST)} -m addrtype --dst-type LOCAL {to}"]
+    return [
+        f"{chains.SERVICES} -d {words.host_prefix(each)} {words.comment(_LAST)} "
+        f"-j {chains.NODE_PORTS}"
+        for each in sorted(addresses)
+    ]

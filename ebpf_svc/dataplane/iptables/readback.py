@@ -1,8 +1,8 @@
 """Read saved rules back into the words of the model, and say what of a plan rules can tell. Pure.
 
 Rules are the truth; comments are heeded only to tell an external IP from a VIP. What the kernel has
-no place for (see `view`): on which addresses node ports answer where all do, endpoints that drain,
-and whatever there is to a frontend that refuses or drops everybody.
+no place for (see `view`): endpoints that drain, and whatever there is to a frontend that refuses or
+drops everybody.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from ebpf_svc.model.desired import (
     FrontendView,
     ServicePlan,
 )
-from ebpf_svc.model.net import Family, Protocol, Sources
-
-WILDCARD = {Family.V4: "0.0.0.0", Family.V6: "::"}
-"""The address of a node port that answers on all of the node's."""
+from ebpf_svc.model.net import Protocol, Sources
 
 _PORT = re.compile(r"-p (\w+) .*--dport (\d+)")
 _TO = re.compile(r"(?<!! )-d ([^/ ]+)/(?:32|128) ")
@@ -46,20 +43,14 @@ def view(
         backends = tuple(each for each in plan.backends if each.in_cluster or each.in_local)
         affinity_s = plan.affinity_s if options.has_recent else 0
         for frontend in served_frontends(plan, options):
-            seen, kind = frontend, frontend.kind
-            if kind is FrontendKind.NODE_PORT and options.open_node_ports:
-                address = WILDCARD[options.family]
-                seen = replace(frontend, key=frontend.key._replace(address=address))
+            key, kind = frontend.key, frontend.kind
             is_internal = kind is FrontendKind.CLUSTER_IP
             if not plan.has_endpoints:
-                yield seen.key, _unserved(seen.key, kind, has_endpoints=False)
+                yield key, _unserved(key, kind, has_endpoints=False)
             elif is_internal and is_dropped(plan, frontend):
-                yield seen.key, _unserved(seen.key, kind, has_endpoints=True)
+                yield key, _unserved(key, kind, has_endpoints=True)
             else:
-                yield (
-                    seen.key,
-                    FrontendView(seen, backends, has_endpoints=True, affinity_s=affinity_s),
-                )
+                yield key, FrontendView(frontend, backends, True, affinity_s)
 
 
 def _unserved(key: FrontendKey, kind: FrontendKind, *, has_endpoints: bool) -> FrontendView:
@@ -69,9 +60,9 @@ def _unserved(key: FrontendKey, kind: FrontendKind, *, has_endpoints: bool) -> F
     return FrontendView(Frontend(key, kind), (), has_endpoints, 0)
 
 
-def read(tables: Mapping[str, Table], options: RuleOptions) -> dict[FrontendKey, FrontendView]:
+def read(tables: Mapping[str, Table]) -> dict[FrontendKey, FrontendView]:
     """Frontends that the rules of one family make."""
-    return _Reader(tables, options).read()
+    return _Reader(tables).read()
 
 
 @dataclass(slots=True)
@@ -85,7 +76,6 @@ class _Group:
 @dataclass(slots=True)
 class _Reader:
     tables: Mapping[str, Table]
-    options: RuleOptions
     rules: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     groups: dict[str, _Group] = field(default_factory=dict)
     """By the hash in the names of a service port's chains."""
@@ -152,22 +142,20 @@ class _Reader:
         ):
             for rule in self._chain(chain, FILTER):
                 to, port, target = _TO.search(rule), _port(rule), _target(rule)
-                if port is None or target not in ("REJECT", "DROP"):
+                if to is None or port is None or target not in ("REJECT", "DROP"):
                     continue
                 is_node_port = _LOCAL in rule
                 if target == "DROP" and is_node_port:
                     continue  # nat has it as well
-                address = to[1] if to else WILDCARD[self.options.family]
-                key = FrontendKey(address, port[1], port[0])
+                key = FrontendKey(to[1], port[1], port[0])
                 of = FrontendKind.NODE_PORT if is_node_port else kind
                 yield _unserved(key, of, has_endpoints=target == "DROP")
 
     def _node_ports(self) -> Iterator[FrontendView]:
-        addresses = []
+        addresses: list[str] = []
         for rule in self._chain(chains.SERVICES):
             if _target(rule) == chains.NODE_PORTS:
-                to = _TO.search(rule)
-                addresses.append(to[1] if to else WILDCARD[self.options.family])
+                addresses += (to[1] for to in [_TO.search(rule)] if to)
         for rule in self._chain(chains.NODE_PORTS):
             port, target = _port(rule), _target(rule)
             if port is None or not target.startswith("KUBE-EXT-"):

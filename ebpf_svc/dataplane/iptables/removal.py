@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ebpf_svc.dataplane.iptables import chains
-from ebpf_svc.dataplane.iptables.chains import FILTER, MANGLE
+from ebpf_svc.dataplane.iptables.chains import FILTER, NAT
 from ebpf_svc.dataplane.iptables.family import CHAINS_AT_ONCE
 from ebpf_svc.dataplane.iptables.script import Script
 from ebpf_svc.errors import CommandError
 from ebpf_svc.host.command import run
 from ebpf_svc.host.iptables import Table, Variant
+from ebpf_svc.host.kubeproxy import MARKER
 from ebpf_svc.model.net import Family
 
+_SHARED_WITH_IPVS = {
+    FILTER: frozenset({chains.FORWARD, chains.PROXY_FIREWALL}),
+    NAT: frozenset({chains.SERVICES, chains.POSTROUTING, chains.MARK_MASQ, MARKER}),
+}
+"""Chains that ipvs mode has under the same names."""
 _NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
 
 
@@ -44,7 +50,9 @@ def render_removal(tables: Mapping[str, Table]) -> Script:
         table = tables.get(name)
         if table is None:
             continue
+        kept = _SHARED_WITH_IPVS.get(name, frozenset()) if _is_ipvs(tables) else frozenset()
         going = {each for each in table.chains if each in ours or chains.is_per_service(each)}
+        going -= kept
         if name == FILTER and chains.FIREWALL in table.chains and not _has_kubelet(tables):
             going.add(chains.FIREWALL)
         changes = script.of(name)
@@ -55,13 +63,16 @@ def render_removal(tables: Mapping[str, Table]) -> Script:
     return script
 
 
-def _has_kubelet(tables: Mapping[str, Table]) -> bool:
-    return any(
-        hint in tables[name].chains
-        for name in (FILTER, MANGLE)
-        if name in tables
-        for hint in chains.HINTS
+def _is_ipvs(tables: Mapping[str, Table]) -> bool:
+    """Whether ipvs mode has taken over: its rules look at sets."""
+    nat = tables.get(NAT)
+    return nat is not None and any(
+        rule.chain == chains.SERVICES and "--match-set" in rule.text for rule in nat.rules
     )
+
+
+def _has_kubelet(tables: Mapping[str, Table]) -> bool:
+    return any(chains.KUBELET_CANARY in table.chains for table in tables.values())
 
 
 def _is_bare(table: Table) -> bool:

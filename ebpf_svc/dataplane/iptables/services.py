@@ -11,7 +11,7 @@ from ebpf_svc.dataplane.iptables.options import RuleOptions
 from ebpf_svc.dataplane.netfilter.names import endpoint_text
 from ebpf_svc.errors import ApplyError
 from ebpf_svc.model.desired import Backend, Frontend, FrontendKind, ServicePlan
-from ebpf_svc.model.net import Protocol, Sources
+from ebpf_svc.model.net import Family, Protocol, Sources
 
 _INTERNAL_MASQUERADE = (Sources.NONE, Sources.NODE | Sources.EXTERNAL, Sources.ALL)
 _EXTERNAL_LOCAL = (Sources.EXTERNAL, Sources.POD | Sources.EXTERNAL)
@@ -45,16 +45,17 @@ def render(plan: ServicePlan, options: RuleOptions, *, comments: bool = True) ->
 
 
 def served_frontends(plan: ServicePlan, options: RuleOptions) -> tuple[Frontend, ...]:
-    """Frontends this mode has a place for: node ports on ::1 (and the like) it has not (I7)."""
+    """Frontends this mode has a place for: node ports on ::1 it has not, for the kernel does not
+    let a packet from there leave (I7).
+    """
     if plan.key.port_name.protocol is Protocol.SCTP and not options.has_sctp:
         return ()
-    if options.localhost:
+    if options.family is Family.V4:
         return plan.frontends
-    unserved = ("127.0.0.1", "::1")
     return tuple(
         each
         for each in plan.frontends
-        if each.kind is not FrontendKind.NODE_PORT or each.key.address not in unserved
+        if each.kind is not FrontendKind.NODE_PORT or each.key.address != "::1"
     )
 
 
@@ -113,10 +114,10 @@ class _Renderer:
     # -- chains shared with others -----------------------------------------------------------------
 
     def _internal_entry(self, frontend: Frontend) -> None:
+        target = self._internal_target(frontend)
         if not self._plan.has_endpoints or is_dropped(self._plan, frontend):
             self._refuse(chains.SERVICES, frontend)
             return
-        target = self._internal_target(frontend)
         self._entry(NAT, chains.SERVICES, frontend, "cluster IP", f"-j {target}")
 
     def _internal_target(self, frontend: Frontend) -> str:
@@ -141,7 +142,7 @@ class _Renderer:
                 f"{chains.NODE_PORTS} {words.of_protocol(self._protocol)} "
                 f"{words.comment(self._name)} {words.to_port(self._protocol, key.port)} -j {target}"
             )
-        for frontend in node_ports[:1] if self._options.open_node_ports else node_ports:
+        for frontend in node_ports:
             if not is_served or is_dropped(self._plan, frontend):
                 self._refuse(chains.EXTERNAL_SERVICES, frontend)
 
@@ -158,31 +159,22 @@ class _Renderer:
 
     def _entry(self, table: str, chain: str, frontend: Frontend, what: str, then: str) -> None:
         key = frontend.key
+        is_node_port = frontend.kind is FrontendKind.NODE_PORT
+        local = "-m addrtype --dst-type LOCAL " if is_node_port else ""
         self._rules.entries[table].append(
             f"{chain} {words.to_address(key)} {words.of_protocol(key.protocol)} "
-            f"{words.comment(f'{self._name} {what}')} {words.to_port(key.protocol, key.port)} "
-            f"{then}"
+            f"{words.comment(f'{self._name} {what}')} {local}"
+            f"{words.to_port(key.protocol, key.port)} {then}"
         )
 
     def _refuse(self, chain: str, frontend: Frontend) -> None:
         """Answer who calls a service without endpoints (P2), stay silent for one without local
         ones (P3, P4).
         """
-        what, then = "has no endpoints", words.refuse(self._options.family)
+        what, then = "has no endpoints", words.refuse(self._options.family, self._protocol)
         if self._plan.has_endpoints:
             what, then = "has no local endpoints", "-j DROP"
-        key = frontend.key
-        if frontend.kind is not FrontendKind.NODE_PORT:
-            self._entry(FILTER, chain, frontend, what, then)
-            return
-        to = f"{words.to_address(key)} "
-        if self._options.open_node_ports:
-            to = "" if self._options.localhost else f"! -d {words.LOOPBACK[self._options.family]} "
-        self._rules.entries[FILTER].append(
-            f"{chain} {to}{words.of_protocol(key.protocol)} "
-            f"{words.comment(f'{self._name} {what}')} -m addrtype --dst-type LOCAL "
-            f"{words.to_port(key.protocol, key.port)} {then}"
-        )
+        self._entry(FILTER, chain, frontend, what, then)
 
     # -- chains of its own -------------------------------------------------------------------------
 

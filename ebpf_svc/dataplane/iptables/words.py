@@ -79,9 +79,13 @@ def _list(family: Family, name: str) -> str:
     return f"--name {name} --mask {_FULL_MASK[family]} --rsource"
 
 
-def refuse(family: Family) -> str:
-    """Answer like a host on which nothing listens (P2)."""
-    return f"-j REJECT --reject-with {_REFUSAL[family]}"
+def refuse(family: Family, protocol: Protocol) -> str:
+    """Answer like a host on which nothing listens (P2).
+
+    TCP gets a reset, not kube-proxy's ICMP error: those the kernel limits to one a second.
+    """
+    how = "tcp-reset" if protocol is Protocol.TCP else _REFUSAL[family]
+    return f"-j REJECT --reject-with {how}"
 
 
 def meaning(rule: str) -> tuple[str, ...]:
