@@ -160,10 +160,10 @@ def _stream(settings: Settings) -> EventStream:
 
 
 def _clients(settings: Settings) -> Clients:
-    from ebpf_svc.host import cgroup, netns  # noqa: PLC0415  # only who monitors pays for it
+    from ebpf_svc.host import callers, cgroup  # noqa: PLC0415  # only who monitors pays for it
 
     root = settings.ebpf.cgroup_root or cgroup.find_root()
-    return Clients(netns.cookie(), lambda: netns.namespaces(root) if root else {})
+    return Clients(callers.own_cookie(), lambda: callers.namespaces(root) if root else {})
 
 
 def _address(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_svc.dataplane.inspect import FlowEvent, Happening
-from ebpf_svc.host.netns import Namespace
+from ebpf_svc.host.callers import Namespace
 from ebpf_svc.model.desired import FrontendKey
 from ebpf_svc.model.net import Family, family_of
 from ebpf_svc.monitor.words import reason_in_words
