@@ -40,6 +40,7 @@
 #if !defined(HAIRPIN_ADDRESS) || !defined(DISCARD_ADDRESS) || \
 	!defined(MASQUERADE_MARK) || !defined(SOCKET_ENTRIES) || \
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
-	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL)
+	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL) || \
+	!defined(HAVE_COARSE_CLOCK)
 #error "settings of this node are missing: compile through ebpf_svc"
 #endif

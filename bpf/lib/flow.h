@@ -6,10 +6,14 @@
  */
 #include "packet.h"
 
-/* Seconds of a clock that is cheap to read. */
+/* Seconds of a clock that is cheap to read, where the kernel offers one (5.11). */
 static __always_inline __u32 now_s(void)
 {
+#if HAVE_COARSE_CLOCK
 	return bpf_ktime_get_coarse_ns() / 1000000000ULL;
+#else
+	return bpf_ktime_get_ns() / 1000000000ULL;
+#endif
 }
 
 static __always_inline void touch(struct flow_value *flow, __u32 now)

@@ -137,6 +137,7 @@ def node_defines(
     flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
     node = {
         "CSUM_FAMILY_FLAG": str(flag),
+        "HAVE_COARSE_CLOCK": str(int(kernel >= (5, 11))),
         "HAVE_SET_RETVAL": str(int(kernel >= (5, 18))),
         "SOCKET_LB_PODS": str(int(translate_pods)),
         "MASQUERADE_MARK": hex(masquerade_mark),

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +38,7 @@ from ebpf_svc.dataplane.inspect import (
     Traffic,
 )
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
-from ebpf_svc.host import nft
+from ebpf_svc.host import netns, nft
 from ebpf_svc.host.nft import MasqueradeRules
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey
@@ -49,8 +47,6 @@ from ebpf_svc.model.net import Family
 ANSWER_S = 5.0
 """How long after we retired the answer to a datagram is still told as from the frontend: the
 patience of a resolver."""
-SO_NETNS_COOKIE = 71
-"""Not in Python's socket module; Linux 5.14."""
 
 log = get_logger(__name__)
 
@@ -325,13 +321,14 @@ class EbpfDataplane:
 
     def _write_run_settings(self, opened: Tables) -> bool:
         """Tell the programs which network namespace is the node's; whether they were told wrong."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            cookie = probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        settings = self._settings.ebpf
+        uses_hooks = settings.socket_lb is not SocketLB.OFF
+        host_netns = netns.cookie(hooks.cgroup_of(settings)) if uses_hooks else 0
         seed = hashlib.blake2b(self._settings.ebpf.maglev_seed.encode(), digest_size=4).digest()
         table = opened.settings
         key = table.key.pack(value=0)
         value = table.value.pack(
-            host_netns=int.from_bytes(cookie, sys.byteorder),
+            host_netns=host_netns,
             hash_seed=int.from_bytes(seed, "little"),
         )
         if table.lookup(key) == value:
