@@ -30,6 +30,9 @@ HANDOVER_S = 60.0
 AGAIN_S = 30.0
 """When a cleanup that failed is tried again."""
 FAILURES_TOLD = 3
+PATIENCE = 3
+"""How often a dataplane may fail to let go: until it does, new connections meet what it last knew,
+which is worse than to cut those that are open."""
 
 log = get_logger(__name__)
 
@@ -131,7 +134,8 @@ class _Retiring:
     since_s: float
     deadline_s: float
     tell: Tell = field(default=lambda progress: None)
-    failure: str = ""
+    failures: int = 0
+    """How often in a row it could not even be asked."""
 
 
 class Changeover:
@@ -302,11 +306,13 @@ class Changeover:
         try:
             if each.dataplane.retire():
                 return True
+            each.failures = 0
         except (UnsupportedHost, DataplaneError, OSError) as error:
+            each.failures += 1
             detail += f": {error}"
-            if str(error) != each.failure:
-                each.failure = str(error)
-                log.warning("mode.retire", mode=mode, error=str(error))
+            log.warning("mode.not-retired", mode=mode, error=str(error), count=each.failures)
+            if each.failures >= PATIENCE:
+                return True
         if now_s >= each.deadline_s:
             log.warning("mode.not-drained", mode=mode, reason=detail)
             return True

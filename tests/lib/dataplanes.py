@@ -25,6 +25,8 @@ class Machine:
     """Mode -> what an apply ends with; an ApplyError is a service port that cannot be written."""
     busy: set[str] = field(default_factory=set)
     """Modes whose connections have not ended."""
+    clinging: set[str] = field(default_factory=set)
+    """Modes that fail to retire."""
     stuck: set[str] = field(default_factory=set)
     """Modes whose cleanup fails."""
 
@@ -63,6 +65,8 @@ class MachineDataplane(FakeDataplane):
 
     def retire(self) -> bool:
         self._machine.note(self.name, "retire")
+        if self.name in self._machine.clinging:
+            raise DataplaneError("cannot be opened")
         return self.name not in self._machine.busy
 
     def close(self) -> None:

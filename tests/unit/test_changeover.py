@@ -200,6 +200,15 @@ def test_connections_that_take_too_long_are_cut(agent: Agent, machine: Machine) 
     assert machine.modes() == {"nftables"}
 
 
+def test_one_that_cannot_let_go_is_removed_at_once(agent: Agent, machine: Machine) -> None:
+    """New connections would go by what it last knew; for once those that are open pay."""
+    machine.clinging.add("ebpf")
+    told = agent.switch("nftables", drain_s=60)
+    assert ended(told) == Progress(Step.DONE, "ebpf", "nothing of it is left")
+    assert "cannot be opened" in told[-2].detail
+    assert machine.modes() == {"nftables"}
+
+
 def test_mode_that_drains_may_serve_again(agent: Agent, machine: Machine) -> None:
     """An operator who changes their mind waits for nothing; the other one goes."""
     machine.busy.add("ebpf")
