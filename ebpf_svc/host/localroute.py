@@ -21,6 +21,7 @@ PROTOCOL = 117
 _NEW, _DELETE, _GET = 24, 25, 26
 _TABLE_LOCAL, _SCOPE_HOST, _TYPE_LOCAL = 255, 254, 2
 _DESTINATION, _DEVICE, _TABLE = 1, 4, 15
+_GET_ADDRESS, _ADDRESS, _LOCAL = 22, 1, 2
 _LOOPBACK = 1
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _BITS = {Family.V4: 32, Family.V6: 128}
@@ -54,6 +55,21 @@ def present() -> set[str]:
     except OSError as error:
         raise DataplaneError(f"routes cannot be listed: {error.strerror}") from error
     return found
+
+
+def own_addresses() -> frozenset[str]:
+    """The addresses of this node's interfaces; raises DataplaneError."""
+    found = set()
+    try:
+        with closing(rtnetlink.Socket()) as link:
+            for af in _AF.values():
+                for message in link.dump(_GET_ADDRESS, struct.pack("=BBBBI", af, 0, 0, 0, 0)):
+                    fields = netlink.attributes(message.body[8:])
+                    packed = fields.get(_LOCAL) or fields[_ADDRESS]
+                    found.add(socket.inet_ntop(af, packed))
+    except OSError as error:
+        raise DataplaneError(f"addresses cannot be listed: {error.strerror}") from error
+    return frozenset(found)
 
 
 def _body(address: str) -> bytes:

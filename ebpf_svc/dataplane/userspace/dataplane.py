@@ -128,7 +128,7 @@ class UserspaceDataplane:
             make_steering(self._settings).retire()
             return True
         running.steering.retire()
-        return running.relay.call(running.relay.stream_count) == 0
+        return running.relay.call(running.relay.retire) == 0
 
     def close(self) -> None:
         """End the relay and every connection: here traffic does need the process (Z2).

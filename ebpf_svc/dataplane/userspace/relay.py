@@ -159,8 +159,7 @@ class Relay:
         finally:
             for each in list(self._streams):
                 each.abort()
-            for door in list(self.doors):
-                self.close_door(door)
+            self.retire()
             self.loop.close()
 
     # -- what is served; in the relay's thread -----------------------------------------------------
@@ -227,6 +226,12 @@ class Relay:
     def stream_count(self) -> int:
         """Connections that depend on the relay."""
         return len(self._streams)
+
+    def retire(self) -> int:
+        """Close every door; returns how many connections are left."""
+        for door in list(self.doors):
+            self.close_door(door)
+        return self.stream_count()
 
     def flows_by_port(self) -> Counter[PlanKey]:
         """How many flows each service port has, those that are gone included."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from ebpf_svc.config import Settings
-from ebpf_svc.dataplane.base import Reconciled
 from ebpf_svc.dataplane.inspect import KernelPart
 from ebpf_svc.dataplane.netfilter.pods import pod_match
-from ebpf_svc.dataplane.userspace import rules, stale
+from ebpf_svc.dataplane.userspace import probes, rules, stale
+from ebpf_svc.dataplane.userspace.direct import DirectSteering
 from ebpf_svc.dataplane.userspace.doors import DoorId, DoorPlan
 from ebpf_svc.dataplane.userspace.rules import RELAY, TABLE, Element
+from ebpf_svc.dataplane.userspace.written import Written
 from ebpf_svc.errors import CommandError
 from ebpf_svc.host import localroute
 from ebpf_svc.host.command import run
@@ -22,14 +22,6 @@ from ebpf_svc.model.desired import Frontend, FrontendKey, PlanKey, ServicePlan
 
 NFT_S = 120.0
 """A node of ten thousand services has a hundred thousand elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a write did."""
-
-    writes: int = 0
-    reconciled: tuple[Reconciled, ...] = ()
 
 
 class Steering(Protocol):
@@ -66,7 +58,9 @@ class Steering(Protocol):
 
 
 def make_steering(settings: Settings) -> Steering:
-    """The means this host has."""
+    """The means this host has: netfilter, else the addresses of the services themselves."""
+    if probes.netfilter_missing():
+        return DirectSteering(settings)
     return NetfilterSteering(settings)
 
 
