@@ -17,6 +17,7 @@ from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.entries import MaglevOptions
 from ebpf_svc.dataplane.ebpf.ids import GRACE_S, RangePool
 from ebpf_svc.dataplane.ebpf.maglev import TableCache
+from ebpf_svc.dataplane.ebpf.maglev_native import NativeFill
 from ebpf_svc.dataplane.ebpf.render import Change, Renderer
 from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.tables import Tables
@@ -53,7 +54,9 @@ class Forwarding:
         self._tables = tables
         self._slots = RangePool("slots", tables.slots.max_entries, grace_s=GRACE_S)
         options = MaglevOptions(
-            settings.maglev_slots_per_backend, settings.maglev_seed, TableCache()
+            settings.maglev_slots_per_backend,
+            settings.maglev_seed,
+            TableCache(fill=NativeFill(settings.cache_dir)),
         )
         self._families: dict[Family, _FamilyParts] = {}
         for family, of_family in tables.family.items():

@@ -11,9 +11,10 @@ section 3.4.
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 SIZES = (
     *(251, 509, 1_021, 2_039, 4_093, 8_191, 16_381, 32_749, 65_521, 131_071),
@@ -26,6 +27,7 @@ COMFORTABLE_SIZE = 131_071
 services."""
 SLOTS_PER_BACKEND_MIN = 10
 
+_HALVES = struct.Struct("<2Q")
 _KEY_BYTES_MAX = 64
 """BLAKE2b takes no longer key."""
 
@@ -48,7 +50,43 @@ def table_size(backend_count: int, slots_per_backend: int) -> int:
     raise ValueError(f"{backend_count} backends do not fit the largest table of {SIZES[-1]} slots")
 
 
-def table(backends: Sequence[str], size: int, seed: str) -> array[int]:
+Fill = Callable[["array[int]", "array[int]", "array[int]", int], "array[int]"]
+"""Lets backends take turns: `fill_in_python`, or the same as machine code."""
+
+
+def fill_in_python(
+    turns: array[int], current: array[int], skips: array[int], size: int
+) -> array[int]:
+    """Let backends take turns until every slot has an owner.
+
+    Args:
+        turns: indices of the backends, in the order of their turns.
+        current: the slot each of them tries next; consumed.
+        skips: how far each goes on from a slot that is taken.
+    """
+    # Each backend's place in its own permutation is kept as the slot it tries next: adding the skip
+    # and subtracting the size once costs a fraction of a multiplication and a remainder per probe.
+    owner = [-1] * size
+    left = size
+    at = current.tolist()
+    players = [(turn, index, skips[turn]) for turn, index in enumerate(turns)]
+    while True:
+        for turn, index, skip in players:
+            slot = at[turn]
+            while owner[slot] >= 0:
+                slot += skip
+                if slot >= size:
+                    slot -= size
+            owner[slot] = index
+            at[turn] = slot
+            left -= 1
+            if not left:
+                return array("I", owner)
+
+
+def table(
+    backends: Sequence[str], size: int, seed: str, *, fill: Fill = fill_in_python
+) -> array[int]:
     """Give each of `size` slots the index of a backend, as evenly as can be.
 
     A backend's offset and skip are the two little-endian 64-bit halves of the 16-byte BLAKE2b of
@@ -71,37 +109,25 @@ def table(backends: Sequence[str], size: int, seed: str) -> array[int]:
         raise ValueError(f"{len(backends)} backends do not fit {size} slots")
     if not backends:
         return array("I")
-    turns = sorted(range(len(backends)), key=backends.__getitem__)
+    turns = array("I", sorted(range(len(backends)), key=backends.__getitem__))
     current, skips = _permutations([backends[index] for index in turns], size, seed)
-    # Each backend's place in its own permutation is kept as the slot it tries next: adding the skip
-    # and subtracting the size once costs a fraction of a multiplication and a remainder per probe.
-    owner = [-1] * size
-    left = size
-    players = [(turn, index, skips[turn]) for turn, index in enumerate(turns)]
-    while True:
-        for turn, index, skip in players:
-            slot = current[turn]
-            while owner[slot] >= 0:
-                slot += skip
-                if slot >= size:
-                    slot -= size
-            owner[slot] = index
-            current[turn] = slot
-            left -= 1
-            if not left:
-                return array("I", owner)
+    return fill(turns, current, skips, size)
 
 
-def _permutations(names: Sequence[str], size: int, seed: str) -> tuple[list[int], list[int]]:
+def _permutations(names: Sequence[str], size: int, seed: str) -> tuple[array[int], array[int]]:
     """Offsets and skips of the backends, in the order of `names`."""
     key = seed.encode()
     if len(key) > _KEY_BYTES_MAX:
         key = hashlib.blake2b(key).digest()
-    offsets, skips = [], []
+    keyed = hashlib.blake2b(digest_size=16, key=key)
+    halves = _HALVES.unpack
+    offsets, skips = array("I"), array("I")
     for name in names:
-        digest = hashlib.blake2b(name.encode(), digest_size=16, key=key).digest()
-        offsets.append(int.from_bytes(digest[:8], "little") % size)
-        skips.append(int.from_bytes(digest[8:], "little") % (size - 1) + 1)
+        one = keyed.copy()
+        one.update(name.encode())
+        first, second = halves(one.digest())
+        offsets.append(first % size)
+        skips.append(second % (size - 1) + 1)
     return offsets, skips
 
 
@@ -112,7 +138,8 @@ class TableCache:
     shared: do not write to them.
     """
 
-    def __init__(self, slots_max: int = 1_048_576) -> None:
+    def __init__(self, slots_max: int = 1_048_576, *, fill: Fill = fill_in_python) -> None:
+        self._fill = fill
         self._slots_max = slots_max
         self._slots = 0
         self._tables: OrderedDict[tuple[tuple[str, ...], int, str], array[int]] = OrderedDict()
@@ -124,7 +151,7 @@ class TableCache:
         if found is not None:
             self._tables.move_to_end(key)
             return found
-        built = table(backends, size, seed)
+        built = table(backends, size, seed, fill=self._fill)
         if len(built) <= self._slots_max:
             self._tables[key] = built
             self._slots += len(built)
