@@ -46,13 +46,14 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, const struct pack
 	inner->src.word[0] = ip.saddr;
 	inner->dst.word[0] = ip.daddr;
 	inner->proto = ip.protocol;
-	inner->ip_check = ip.check;
+	inner->lead = *(__be32 *)&ip.ttl;
 	inner->l4 = inner->l3 + ip.ihl * 4;
 #else
 	if (ip.version != 6)
 		return NOT_OURS;
 	__builtin_memcpy(&inner->src, &ip.saddr, sizeof(inner->src));
 	__builtin_memcpy(&inner->dst, &ip.daddr, sizeof(inner->dst));
+	inner->lead = *(__be32 *)&ip.payload_len;
 	inner->proto = ip.nexthdr;
 	inner->l4 = inner->l3 + sizeof(ip);
 #endif
@@ -76,8 +77,8 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, struct packet *p
 	__u32 outer_addresses = csum_add(addr_diff(&pkt->src, src), addr_diff(&pkt->dst, dst));
 	__u32 check = pkt->l4 + 2;
 
-	if (store_ends(skb, inner, quoted, quoted_addresses, true) ||
-	    store_ends(skb, pkt, &outer, outer_addresses, false))
+	if (store_ends(skb, inner, quoted, quoted_addresses, true, hops(inner->lead)) ||
+	    store_ends(skb, pkt, &outer, outer_addresses, false, hops(pkt->lead)))
 		return drop(DROP_REWRITE_FAILED);
 #if IP_FAMILY == 6
 	/* No IP checksum evens out the quoted addresses, and a pseudo header is covered. */

@@ -49,46 +49,51 @@ static __always_inline __u32 port_diff(__be16 from, __be16 to)
 	return csum_add((__u16)~from, to);
 }
 
-#if IP_FAMILY == 4
-/* The part of an IPv4 packet that NAT changes is one piece when there are no
- * options: checksum, addresses, ports.
+/* The part of a packet that NAT changes is one piece when there are no options
+ * or extension headers: the word before the addresses (in IPv4 hops, protocol
+ * and checksum, in IPv6 length, next header and hops), addresses, ports.
  */
 struct wire {
-	__u16 check;
+	__be32 lead;
 	struct rewrite ends;
-} __attribute__((packed));
+};
 
-#define WIRE_OFFSET 10
+#if IP_FAMILY == 4
+#define LEAD_OFFSET offsetof(struct iphdr, ttl)
+#else
+#define LEAD_OFFSET offsetof(struct ipv6hdr, payload_len)
+#endif
+
+/* That word of a packet whose addresses change by a checksum difference. */
+static __always_inline __be32 lead_with(__be32 lead, __u8 hops, __u32 addresses)
+{
+#if IP_FAMILY == 4
+	__u32 check = csum_add((__u16)~(lead >> 16), addresses);
+	__u16 word = (lead & 0xff00) | hops;
+
+	check = csum_add(check, (__u16)~lead);
+	check = csum_add(check, word);
+	return word | (__u32)(__u16)~csum_fold(check) << 16;
+#else
+	return (lead & ~(0xffU << HOPS_SHIFT)) | (__u32)hops << HOPS_SHIFT;
+#endif
+}
 
 static __always_inline int store_ends(struct __sk_buff *skb, const struct packet *pkt,
-				      const struct rewrite *to, __u32 addresses, bool ports)
+				      const struct rewrite *to, __u32 addresses, bool ports,
+				      __u8 hops)
 {
 	struct wire wire;
 
-	wire.check = ~csum_fold(csum_add((__u16)~pkt->ip_check, addresses));
+	wire.lead = lead_with(pkt->lead, hops, addresses);
 	wire.ends = *to;
-	if (ports && pkt->l4 == pkt->l3 + sizeof(struct iphdr))
-		return bpf_skb_store_bytes(skb, pkt->l3 + WIRE_OFFSET, &wire, sizeof(wire), 0);
+	if (ports && pkt->l4 == pkt->l3 + IP_HEADER_BYTES)
+		return bpf_skb_store_bytes(skb, pkt->l3 + LEAD_OFFSET, &wire, sizeof(wire), 0);
 	if (ports && bpf_skb_store_bytes(skb, pkt->l4, (void *)&to->sport, PORTS_BYTES, 0))
 		return -1;
-	return bpf_skb_store_bytes(skb, pkt->l3 + WIRE_OFFSET, &wire,
+	return bpf_skb_store_bytes(skb, pkt->l3 + LEAD_OFFSET, &wire,
 				   sizeof(wire) - PORTS_BYTES, 0);
 }
-#else
-#define IPV6_ADDRESSES_OFFSET 8
-
-static __always_inline int store_ends(struct __sk_buff *skb, const struct packet *pkt,
-				      const struct rewrite *to, __u32 addresses, bool ports)
-{
-	if (ports && pkt->l4 == pkt->l3 + sizeof(struct ipv6hdr))
-		return bpf_skb_store_bytes(skb, pkt->l3 + IPV6_ADDRESSES_OFFSET, (void *)to,
-					   sizeof(*to), 0);
-	if (ports && bpf_skb_store_bytes(skb, pkt->l4, (void *)&to->sport, PORTS_BYTES, 0))
-		return -1;
-	return bpf_skb_store_bytes(skb, pkt->l3 + IPV6_ADDRESSES_OFFSET, (void *)to,
-				   sizeof(*to) - PORTS_BYTES, 0);
-}
-#endif
 
 static __always_inline int fix_l4_csum(struct __sk_buff *skb, const struct packet *pkt,
 				       __u32 addresses, __u32 ports)
@@ -119,7 +124,7 @@ static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p
 		return drop(DROP_REWRITE_FAILED);
 	if (has_ports && fix_l4_csum(skb, pkt, addresses, ports))
 		return drop(DROP_REWRITE_FAILED);
-	if (store_ends(skb, pkt, to, addresses, has_ports))
+	if (store_ends(skb, pkt, to, addresses, has_ports, hops(pkt->lead)))
 		return drop(DROP_REWRITE_FAILED);
 	return NEXT;
 }

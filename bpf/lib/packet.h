@@ -30,7 +30,7 @@ struct packet {
 	__u32  l3;		/* offset of the IP header */
 	__u32  l4;		/* offset of what follows it */
 	__u32  end;		/* offset of what is no longer the IP packet */
-	__u16  ip_check;	/* IPv4 header checksum as it is on the wire */
+	__be32 lead;		/* the word of the IP header before its addresses */
 };
 
 #define TCP_FIN 0x01
@@ -69,6 +69,18 @@ struct packet {
  */
 #define HEADERS_BYTES 160
 
+/* Hops left: in the word before the addresses, which NAT writes anyway. */
+#if IP_FAMILY == 4
+#define HOPS_SHIFT 0
+#else
+#define HOPS_SHIFT 24
+#endif
+
+static __always_inline __u8 hops(__be32 lead)
+{
+	return lead >> HOPS_SHIFT;
+}
+
 /* Where a packet ends that claims to have so many bytes. 0 is more than the
  * field can say (BIG TCP), and then it is all there is.
  */
@@ -88,7 +100,7 @@ static __always_inline int parse_ip(void *data, void *end, __u32 skb_bytes, stru
 	pkt->src.word[0] = ip->saddr;
 	pkt->dst.word[0] = ip->daddr;
 	pkt->proto = ip->protocol;
-	pkt->ip_check = ip->check;
+	pkt->lead = *(__be32 *)&ip->ttl;
 	pkt->l4 = pkt->l3 + ip->ihl * 4;
 	pkt->end = packet_end(pkt->l3, bpf_ntohs(ip->tot_len), skb_bytes);
 	if (pkt->l4 > pkt->end || pkt->end > skb_bytes)
@@ -124,6 +136,7 @@ static __always_inline int parse_ip(void *data, void *end, __u32 skb_bytes, stru
 		return NOT_OURS;
 	__builtin_memcpy(&pkt->src, &ip->saddr, sizeof(pkt->src));
 	__builtin_memcpy(&pkt->dst, &ip->daddr, sizeof(pkt->dst));
+	pkt->lead = *(__be32 *)&ip->payload_len;
 	next = ip->nexthdr;
 	at = pkt->l3 + sizeof(*ip);
 	pkt->end = packet_end(at, bpf_ntohs(ip->payload_len), skb_bytes);

@@ -104,25 +104,6 @@ static __always_inline int answer_unreachable(struct __sk_buff *skb, const struc
 	return send_back(skb, pkt->l3);
 }
 
-static __always_inline int store_hops(struct __sk_buff *skb, const struct packet *pkt)
-{
-	__u8 hops = HOPS;
-#if IP_FAMILY == 4
-	__be16 ttl_proto;	/* the word of the header checksum it is in */
-
-	if (bpf_skb_load_bytes(skb, pkt->l3 + offsetof(struct iphdr, ttl), &ttl_proto,
-			       sizeof(ttl_proto)) ||
-	    bpf_l3_csum_replace(skb, pkt->l3 + offsetof(struct iphdr, check), ttl_proto,
-				bpf_htons(HOPS << 8 | pkt->proto), sizeof(ttl_proto)))
-		return -1;
-	return bpf_skb_store_bytes(skb, pkt->l3 + offsetof(struct iphdr, ttl), &hops,
-				   sizeof(hops), 0);
-#else
-	return bpf_skb_store_bytes(skb, pkt->l3 + offsetof(struct ipv6hdr, hop_limit), &hops,
-				   sizeof(hops), 0);
-#endif
-}
-
 /* What a reset changes of the segment it answers, as on the wire. */
 struct tcp_answer {
 	__be32 seq;
@@ -156,7 +137,7 @@ static __always_inline int answer_reset(struct __sk_buff *skb, const struct pack
 	diff = bpf_csum_diff((void *)&before, sizeof(before), (void *)&after, sizeof(after), 0);
 	if (bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0, diff, 0) ||
 	    bpf_skb_store_bytes(skb, at, &after, sizeof(after), 0) ||
-	    store_ends(skb, pkt, &swapped, 0, true) || store_hops(skb, pkt))
+	    store_ends(skb, pkt, &swapped, 0, true, HOPS))
 		return TC_ACT_SHOT;
 	return send_back(skb, pkt->l3);
 }
