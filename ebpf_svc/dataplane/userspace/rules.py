@@ -1,9 +1,9 @@
 """The rules that lead packets to the relay's doors, as text for nft. Pure.
 
-One table of our own. For each class of clients a map says which door a frontend has for it, and a
-set which frontends are not for it at all; the policies are thus decided before a connection exists.
-What has no endpoint goes to a port where nobody listens: the kernel refuses, TCP and UDP alike
-(P2).
+One table of our own. For each class of clients a map says which door a frontend has for it; the
+policies are thus decided before a connection exists. What has no endpoint goes to a port where
+nobody listens: the kernel refuses, TCP and UDP alike (P2). What is to be dropped goes to another,
+where rules do so (P3, P4).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ RELAY = {Family.V4: "169.254.97.1", Family.V6: "fd65:6270:662d:7376:6361::1"}
 are taken for the node's."""
 REFUSED = 1
 """A port at which nobody listens (tcpmux)."""
+SILENT = 2
+"""A port at which the rules drop everything. Dropped on its way out, a datagram of a process of the
+node would be an error, EPERM, to it; here it is lost as if on its way."""
 CLASSES = {Sources.POD: "pod", Sources.NODE: "node", Sources.EXTERNAL: "external"}
 PROTOCOLS = (Protocol.TCP, Protocol.UDP)
 """U6: no SCTP."""
@@ -85,7 +88,7 @@ def elements(
             elif serves[door]:
                 found[Element(name + suffix, key)] = str(numbers[door])
             else:
-                found[Element(f"dropped_{name}{suffix}", key)] = ""
+                found[Element(name + suffix, key)] = str(SILENT)
         if frontend.source_ranges is not None:
             found[Element("ranged" + suffix, key)] = ""
             for prefix in _collapsed(frontend.source_ranges):
@@ -131,6 +134,7 @@ _CHAINS = {
     "judge_own": "type filter hook output priority -101",
     "lead_arriving": "type nat hook prerouting priority -100",
     "lead_own": "type nat hook output priority -100",
+    "silence": "type filter hook input priority -10",
 }
 """Judged behind conntrack and ahead of every translation."""
 
@@ -142,7 +146,6 @@ def containers(families: Iterable[Family]) -> dict[str, str]:
         key, suffix = f"{_TYPE[family]} . {_SERVICE}", str(family.value)
         for name in CLASSES.values():
             found[name + suffix] = f"map type {key} : inet_service;"
-            found[f"dropped_{name}{suffix}"] = f"set type {key};"
         found["ranged" + suffix] = f"set type {key};"
         found["allowed" + suffix] = f"set type {key} . {_TYPE[family]}; flags interval;"
     return found
@@ -153,6 +156,10 @@ def _rules(family: Family, pods: PodMatch | None) -> Iterator[str]:
     key = f"{ip} daddr . meta l4proto . th dport"
     # Nobody else may call a door by its own address.
     yield f'guard iifname != "lo" {ip} daddr {relay} drop'
+    yield (
+        f"silence meta l4proto {{ tcp, udp }} {ip} daddr {relay} th dport {SILENT} "
+        f"counter name {NO_LOCAL} drop"
+    )
     is_pod, is_other = _matches(ip, pods)
     classes = {
         "arriving": [*([(is_pod, "pod")] if is_pod else []), (is_other, "external")],
@@ -167,10 +174,6 @@ def _rules(family: Family, pods: PodMatch | None) -> Iterator[str]:
             f"{key} . {ip} saddr != @allowed{suffix} counter name {SOURCE_RANGE} drop"
         )
         for match, name in matches:
-            yield (
-                f"judge_{side} {first}ct state new {match}{key} @dropped_{name}{suffix} "
-                f"counter name {NO_LOCAL} drop"
-            )
             yield f"lead_{side} {first}{match}dnat {ip} to {target} : {key} map @{name}{suffix}"
 
 

@@ -198,7 +198,7 @@ class NetfilterSteering:
             for source, of in rules.CLASSES.items():
                 if rules.door_name(frontend, source) == name:
                     found = self._held.get(Element(of + suffix, rules.frontend_text(frontend)))
-                    if found and int(found) != rules.REFUSED:
+                    if found and int(found) not in (rules.REFUSED, rules.SILENT):
                         return int(found)
         return 0
 
