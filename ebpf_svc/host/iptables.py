@@ -77,7 +77,10 @@ class Variant:
 
     def rules(self, table: str, chain: str) -> list[str]:
         """The rules of one chain, as `Rule.text`; raises CommandError when there is no chain."""
-        listed = run([str(self), "--wait", str(LOCK_S), "-t", table, "-S", chain])
+        argv = [str(self), "--wait", str(LOCK_S), "-t", table, "-S", chain]
+        if self.backend == "legacy" and table not in _legacy_tables(self.family):
+            raise CommandError(argv, 1, f"no table {table}")  # the tool would make it
+        listed = run(argv)
         return [line[3:] for line in listed.splitlines() if line.startswith("-A ")]
 
     def restore(self, text: str) -> None:

@@ -146,9 +146,14 @@ class FamilyRules:
     ) -> dict[PlanKey, tuple[_Written | None, ServiceRules]]:
         """New shapes of service ports; those no chain can express are left as they are."""
         wanted: dict[PlanKey, tuple[_Written | None, ServiceRules]] = {}
-        comments = self._endpoint_count <= LARGE_ENDPOINT_COUNT
+        count = self._endpoint_count + sum(
+            len(plans[key].backends) for key in changed if key in plans and key not in self._written
+        )
         for key in changed:
             plan = plans.get(key)
+            before = self._written.get(key)
+            # Crossing the threshold is no reason to write a service port's rules anew.
+            comments = before.comments if before else count <= LARGE_ENDPOINT_COUNT
             if plan is None:
                 wanted[key] = None, ServiceRules()
                 continue

@@ -12,6 +12,7 @@ from itertools import islice
 
 from ebpf_svc.dataplane.iptables import chains
 from ebpf_svc.dataplane.iptables.chains import NAT
+from ebpf_svc.host.kubeproxy import MARKER
 
 
 @dataclass(slots=True)
@@ -85,15 +86,18 @@ class Script:
             early.insert(0, chains.MARK_MASQ)
         for piece in _pieces(early, chains_at_once):
             yield from text({NAT: TableChanges({chain: nat.fill[chain] for chain in piece})})
+        # What all others jump to, and what says whose they are.
+        end = {chains.MARK_MASQ, MARKER} & nat.drop if late else set()
         left = nat.fill.keys() - early
         rest = TableChanges(
             {chain: rules for chain, rules in nat.fill.items() if chain in left},
             *(nat.delete, nat.first, nat.last),
-            nat.drop - set(late),
+            nat.drop - set(late) - end,
         )
         yield from text({**self.tables, NAT: rest})
         for piece in _pieces(late, chains_at_once):
             yield from text({NAT: TableChanges(drop=set(piece))})
+        yield from text({NAT: TableChanges(drop=end)})
 
     @staticmethod
     def _text(tables: dict[str, TableChanges]) -> Iterator[str]:
