@@ -170,11 +170,31 @@ def _command(pid: int) -> str:
 
 
 def nft_tables() -> tuple[str, ...]:
-    """kube-proxy's tables of nftables mode (X2) that are there."""
+    """kube-proxy's tables of nftables mode (X2) that are there; not those our agent wrote."""
+    return tuple(table for table in _nft_tables_of_anybody() if not _is_our_table(table))
+
+
+def has_our_rules(families: Sequence[Family] = tuple(Family)) -> bool:
+    """Whether our agent serves, or served, by rules under kube-proxy's names."""
+    return any(map(is_ours, iptables.variants(families))) or any(
+        map(_is_our_table, _nft_tables_of_anybody())
+    )
+
+
+def _nft_tables_of_anybody() -> tuple[str, ...]:
     if not shutil.which("nft"):
         return ()
     listed = run(["nft", "list", "tables"]).splitlines()
     return tuple(table for table in NFT_TABLES if f"table {table}" in listed)
+
+
+def _is_our_table(table: str) -> bool:
+    try:
+        listed = run(["nft", "--terse", "list", "table", *table.split()])
+    except CommandError:
+        return False  # gone by now
+    # The comment comes first: `table ip kube-proxy {\n\tcomment "ebpf-svc …"`.
+    return f'comment "{MARKER.lower()}' in listed[:200]
 
 
 def remove_nft_tables() -> None:

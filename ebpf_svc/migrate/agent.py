@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import ConfigError, UnsupportedHost
+from ebpf_svc.host.kubeproxy import has_our_rules
 from ebpf_svc.host.lock import lock_holder
 from ebpf_svc.host.nft import masquerade_rules
 from ebpf_svc.migrate.rules import Served
@@ -102,5 +103,7 @@ def settings_of_agent(settings: Settings) -> Settings:
 
 
 def keeps_nat(settings: Settings) -> bool:
-    """Whether our masquerade rules are there; raises CommandError."""
-    return masquerade_rules(1 << settings.masquerade_bit).exists()
+    """Whether rules of ours with NAT are there; raises CommandError."""
+    return (
+        has_our_rules(settings.families) or masquerade_rules(1 << settings.masquerade_bit).exists()
+    )

@@ -125,6 +125,8 @@ def look(families: Sequence[Family], ours: frozenset[Served] = frozenset()) -> I
 
 
 def _look_at(variant: Variant) -> IptablesFound:
+    if kubeproxy.is_ours(variant):
+        return IptablesFound(variant, (), frozenset(), forward_drops=False)
     tables = variant.save()
     removals = {name: plan_removal(table) for name, table in tables.items()}
     return IptablesFound(
