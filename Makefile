@@ -67,8 +67,10 @@ packet: need-root bootstrap ## one program at a time through the kernel (root)
 behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
 	@$(pytest) tests/behaviour $(choose)
 
-behaviours: need-root bootstrap ## docs/behaviours.md from a run of the behaviour ring (root)
-	@$(pytest) tests/behaviour --matrix docs/behaviours.md
+behaviours: need-root bootstrap ## docs/behaviours.md from this ring and what the vm ring left (root)
+	@$(pytest) tests/behaviour --results test-logs/results/behaviour.json; status=$$?; \
+	.venv/bin/python -m tests.lib.behaviours docs/behaviours.md $$(find test-logs -name '*.json' -path '*/results/*'); \
+	exit $$status
 
 bench-path: need-root bootstrap ## connections, requests, throughput: every mode beside no Service at all (root)
 	@.venv/bin/ebpf-svc bench path $(if $(JSON),--json '$(JSON)') $(ARGS)

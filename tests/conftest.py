@@ -40,6 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("variant", names, indirect=True, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "behaviour" in item.path.parts:
@@ -50,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = callspec.params.get("variant", "") if callspec else ""
         test = getattr(item, "originalname", item.name)
         mode = VARIANTS[name].mode if name else ""
+        if callspec and callspec.params.get("pod_network", PodNetwork.BRIDGE) != PodNetwork.BRIDGE:
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "smoke"]
         reason = GAPS.get((name, test)) or GAPS.get((mode, test))
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
+import pytest
+
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Web
 from tests.lib.probing import (
@@ -45,6 +47,7 @@ def _ask(world: World, web: Web, count: int = 1) -> dict[tuple[str, int, str], s
     return _by_client(rows)
 
 
+@pytest.mark.smoke
 def test_client_keeps_its_pod(world: World, publish: Publish) -> None:
     """A client keeps its pod, whichever address of the service it calls (P13)."""
     web = publish(affinity_s=60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import pytest
+
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.host import Host
 from ebpf_svc.testbed.traffic import (
@@ -165,6 +167,7 @@ def _udp_flows(
     }
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_udp_flow_stays_with_its_backend_and_moves_on_when_it_goes(
     world: World, publish: Publish

@@ -31,6 +31,7 @@ from tests.lib.probing import (
 from tests.lib.world import World
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_every_frontend_answers_everyone(world: World, publish: Publish) -> None:
     """Pods, sandboxed pods, nodes and the outside reach a service by each of its addresses (P1).
@@ -119,6 +120,7 @@ def test_mapped_sockets_reach_ipv4_services(world: World, publish: Publish) -> N
     assert_held(rows)
 
 
+@pytest.mark.smoke
 def test_unconnected_udp_sees_the_address_it_called(world: World, publish: Publish) -> None:
     """sendto and recvfrom on one socket: the answer comes from the service's address."""
     web = publish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Endpoint
 from tests.lib.probing import (
@@ -32,6 +34,7 @@ def _dropped(row: Row) -> bool:
     return all(one.outcome.value == "timeout" for one in row.answers)
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_service_without_endpoints_refuses_at_once(world: World, publish: Publish) -> None:
     """Nobody waits for a service that nobody serves: every address refuses, TCP and UDP (P2)."""
@@ -70,6 +73,7 @@ def test_internal_policy_local_drops_without_a_local_endpoint(
     assert_held(table(world, web, askers=world.askers, kinds=EXTERNAL_KINDS))
 
 
+@pytest.mark.smoke
 def test_internal_policy_local_keeps_to_the_node(world: World, publish: Publish) -> None:
     """iTP Local: the cluster IP uses local endpoints only, external frontends use all (P1)."""
     web = publish(internal_local=True)
@@ -82,6 +86,7 @@ def test_internal_policy_local_keeps_to_the_node(world: World, publish: Publish)
     assert {server for row in rows for server in row.servers} == {"web1", "web2", "web3"}
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_external_policy_local_drops_without_a_local_endpoint(
     world: World, publish: Publish

@@ -64,6 +64,7 @@ def test_outside_client_at_a_cluster_ip_is_masqueraded(world: World, publish: Pu
     _assert_seen(rows, world, masqueraded=True)
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_external_policy_local_keeps_the_client_address(world: World, publish: Publish) -> None:
     """eTP Local: a local endpoint sees the outside client itself (P7)."""
@@ -93,6 +94,7 @@ def test_node_is_seen_under_an_address_of_its_own(
     _assert_seen(rows, world, masqueraded=True)
 
 
+@pytest.mark.smoke
 @every_pod_network
 def test_pod_reaches_itself_through_its_service(world: World, publish: Publish) -> None:
     """The only endpoint of a service may call that service by any address (P9)."""

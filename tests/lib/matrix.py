@@ -1,106 +1,123 @@
-"""Print what the behaviour suite proved as a table for people: docs/behaviours.md.
+"""Keep what a run of the behaviour suite proved, to be shown as docs/behaviours.md.
 
-A pytest plugin: with `--matrix PATH` the run's results are written there, a row a promise (the
-test's docstring, with its rule ids), a column a dataplane.
+A pytest plugin: with `--results FILE` the run's outcomes are written there as JSON, one record a
+test function and variant. `tests.lib.behaviours` makes a page of such files, from this kernel and
+others.
 """
 
 from __future__ import annotations
 
+import json
 import platform
-import re
 from collections import defaultdict
 from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-RULES = re.compile(r"\b(?:[A-Z]{1,2}\d{1,2}(?:-[A-Z]{0,2}\d{1,2})?)\b")
-MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run here", "xfailed": "gap"}
 WORST_FIRST = ("failed", "xfailed", "skipped", "passed")
+PROGRAM = "program "
+"""Properties of a test of this name tell the size of an eBPF program."""
 
-HEAD = """\
-# Behaviours
 
-What the behaviour suite proved, with real packets between network namespaces.
-Written by `make behaviours`; do not edit.
-Rule ids are those of the suite's docstrings: a letter for the subject, a number for the rule.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of a test function with a variant, the worst of its parameters'."""
 
-Kernel {kernel}. ✓ passed, in every variant (pod network, family, protocol) the suite runs it in.
-"""
+    test: str
+    """Module and function."""
+    promise: str
+    """The docstring."""
+    variant: str
+    outcome: str
+    """One of WORST_FIRST."""
+    reason: str = ""
+    """Why it was expected to fail, or not run."""
+
+
+@dataclass(slots=True)
+class Results:
+    """A run on one kernel."""
+
+    kernel: str
+    records: list[Record] = field(default_factory=list)
+    programs: dict[str, Any] = field(default_factory=dict)
+    """Sizes by option set and program."""
+
+    def write(self, path: Path) -> None:
+        """Keep them as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What `write` wrote."""
+        held = json.loads(path.read_text())
+        records = [Record(**record) for record in held["records"]]
+        return cls(held["kernel"], records, held["programs"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer --matrix."""
-    parser.addoption("--matrix", type=Path, help="write the table of behaviours to this file")
+    """Offer --results."""
+    parser.addoption("--results", type=Path, help="write the outcomes to this file, as JSON")
 
 
-class Matrix:
-    """Results by area, promise and dataplane."""
+class Recorder:
+    """Collects outcomes while the tests run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._promises: dict[str, tuple[str, str]] = {}
-        self._outcomes: dict[tuple[str, str], set[str]] = defaultdict(set)
-        self._reasons: dict[tuple[str, str], str] = {}
+        self._promises: dict[str, str] = {}
+        self._outcomes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        self._programs: dict[str, Any] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Note the outcome of a test under its function and dataplane."""
+        """Note the outcome of a test under its function and variant."""
         report = yield
         callspec = getattr(item, "callspec", None)
-        dataplane = callspec.params.get("variant") if callspec else None
-        if dataplane is None or not isinstance(item, pytest.Function):
-            return report
         if report.when != "call" and report.passed:
             return report
+        sizes = {
+            name.removeprefix(PROGRAM): value
+            for name, value in report.user_properties
+            if name.startswith(PROGRAM)
+        }
+        if sizes and callspec:
+            self._programs[callspec.id] = sizes
+        variant = callspec.params.get("variant") if callspec else None
+        if variant is None or not isinstance(item, pytest.Function):
+            return report
         name = f"{item.path.stem}::{item.originalname}"
-        self._promises[name] = (item.path.stem, (item.obj.__doc__ or item.originalname).strip())
+        self._promises[name] = (item.obj.__doc__ or item.originalname).strip()
         outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-        self._outcomes[name, str(dataplane)].add(outcome)
-        if outcome == "xfailed":
-            self._reasons[name, str(dataplane)] = str(report.wasxfail)
+        self._outcomes[name, str(variant)].setdefault(outcome, _reason(report))
         return report
 
     def pytest_sessionfinish(self) -> None:
-        """Write the table."""
-        dataplanes = sorted({dataplane for _, dataplane in self._outcomes})
-        lines = [HEAD.format(kernel=platform.release())]
-        area = ""
-        for name, (module, promise) in sorted(self._promises.items()):
-            if module != area:
-                area = module
-                title = area.removeprefix("test_").replace("_", " ")
-                lines += [
-                    f"\n## {title[0].upper()}{title[1:]}\n",
-                    "| promise | rules | " + " | ".join(dataplanes) + " |",
-                    "|---|---|" + "---|" * len(dataplanes),
-                ]
-            cells = [self._cell(name, dataplane) for dataplane in dataplanes]
-            rules = " ".join(dict.fromkeys(RULES.findall(promise)))
-            lines.append(f"| {self._sentence(promise)} | {rules} | " + " | ".join(cells) + " |")
-        gaps = [
-            f"- `{dataplane}`, {self._sentence(self._promises[name][1])}: {reason}"
-            for (name, dataplane), reason in sorted(self._reasons.items())
-        ]
-        lines += ["\n## Gaps\n", *(gaps or ["None."]), ""]
-        self._path.write_text("\n".join(lines))
+        """Write the file."""
+        results = Results(platform.release(), programs=self._programs)
+        for (name, variant), outcomes in sorted(self._outcomes.items()):
+            worst = next(each for each in WORST_FIRST if each in outcomes)
+            promise = self._promises[name]
+            results.records.append(Record(name, promise, variant, worst, outcomes[worst]))
+        results.write(self._path)
 
-    def _cell(self, name: str, dataplane: str) -> str:
-        outcomes = self._outcomes[name, dataplane]
-        return next((MARKS[worst] for worst in WORST_FIRST if worst in outcomes), "")
 
-    @staticmethod
-    def _sentence(promise: str) -> str:
-        """The docstring's first sentence, without its rule ids."""
-        text = " ".join(promise.split("\n\n", maxsplit=1)[0].split())
-        text = re.sub(r"\s*\((?:[^()]*\b[A-Z]{1,2}\d[^()]*)\)", "", text)
-        return re.sub(r"^(?:[A-Z]{1,2}\d{1,2}[,/ ]*)+:\s*", "", text).replace("|", "\\|")
+def _reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return str(report.wasxfail).removeprefix("reason: ")
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect only when asked to."""
-    path = config.getoption("--matrix")
+    path = config.getoption("--results")
     if path:
-        config.pluginmanager.register(Matrix(path), "behaviour-matrix")
+        config.pluginmanager.register(Recorder(path), "behaviour-results")
