@@ -153,7 +153,13 @@ class StatusWriter:
             "backends": self._backend_count,
             "without_endpoints": self._refusing_count,
         }
-        status = {**self._who, **self._serving(), **fields, "last_sync_s": time.time(), "services": services}
+        status = {
+            **self._who,
+            **self._serving(),
+            **fields,
+            "last_sync_s": time.time(),
+            "services": services,
+        }
         write_atomically(self._run_dir / STATUS, json.dumps(status) + "\n")
 
 

@@ -14,6 +14,11 @@ static __always_inline bool addr_equal(const struct addr *a, const struct addr *
 #endif
 }
 
+static __always_inline bool addr_is_zero(const struct addr *a)
+{
+	return addr_equal(a, &(struct addr){});
+}
+
 static __always_inline bool addr_masked_equal(const struct addr *a, const struct addr *mask,
 					      const struct addr *network)
 {

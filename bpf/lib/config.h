@@ -29,6 +29,7 @@
 #error "backend flags are missing: compile through ebpf_svc"
 #endif
 #if !defined(FLOW_HAIRPIN) || !defined(FLOW_MASQUERADE) || \
+	!defined(FLOW_FAST) || !defined(FLOW_SNAT) || \
 	!defined(STATE_CLIENT_FIN) || !defined(STATE_BACKEND_FIN) || \
 	!defined(STATE_RESET) || !defined(STATE_ESTABLISHED) || \
 	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S)
@@ -41,6 +42,8 @@
 	!defined(MASQUERADE_MARK) || !defined(SOCKET_ENTRIES) || \
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
 	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL) || \
-	!defined(HAVE_COARSE_CLOCK)
+	!defined(HAVE_COARSE_CLOCK) || \
+	!defined(FAST_PATH) || !defined(LINK_PEER) || \
+	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT)
 #error "settings of this node are missing: compile through ebpf_svc"
 #endif

@@ -70,24 +70,24 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, const struct pack
  */
 static __always_inline int rewrite_error(struct __sk_buff *skb, struct packet *pkt,
 					 const struct packet *inner, const struct rewrite *quoted,
-					 __u32 quoted_addresses, __u32 quoted_ports,
+					 struct diffs diffs,
 					 const struct addr *src, const struct addr *dst)
 {
 	struct rewrite outer = { .src = *src, .dst = *dst };
 	__u32 outer_addresses = csum_add(addr_diff(&pkt->src, src), addr_diff(&pkt->dst, dst));
 	__u32 check = pkt->l4 + 2;
 
-	if (store_ends(skb, inner, quoted, quoted_addresses, true, hops(inner->lead)) ||
+	if (store_ends(skb, inner, quoted, diffs.addresses, true, hops(inner->lead)) ||
 	    store_ends(skb, pkt, &outer, outer_addresses, false, hops(pkt->lead)))
 		return drop(DROP_REWRITE_FAILED);
 #if IP_FAMILY == 6
 	/* No IP checksum evens out the quoted addresses, and a pseudo header is covered. */
-	if (bpf_l4_csum_replace(skb, check, 0, quoted_addresses, 0) ||
+	if (bpf_l4_csum_replace(skb, check, 0, diffs.addresses, 0) ||
 	    bpf_l4_csum_replace(skb, check, 0, outer_addresses,
 				BPF_F_PSEUDO_HDR | CSUM_FAMILY_FLAG))
 		return drop(DROP_REWRITE_FAILED);
 #endif
-	if (quoted_ports && bpf_l4_csum_replace(skb, check, 0, quoted_ports, 0))
+	if (diffs.ports && bpf_l4_csum_replace(skb, check, 0, diffs.ports, 0))
 		return drop(DROP_REWRITE_FAILED);
 	return FORWARD;
 }
@@ -125,8 +125,14 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	quoted.dport = inner.dport;
 	if (flow->flags & FLOW_MASQUERADE)
 		skb->mark |= MASQUERADE_MARK;
-	return rewrite_error(skb, pkt, &inner, &quoted, flow->addr_diff, flow->port_diff,
-			     &pkt->src, &flow->backend.addr);
+	if (FAST_PATH && (flow->flags & FLOW_SNAT)) {
+		quoted.dst = flow->nat;
+		quoted.dport = flow->nat_port;
+		return rewrite_error(skb, pkt, &inner, &quoted, all_diffs(flow), &flow->nat,
+				     &flow->backend.addr);
+	}
+	return rewrite_error(skb, pkt, &inner, &quoted, all_diffs(flow), &pkt->src,
+			     &flow->backend.addr);
 }
 
 /* Somebody's error about a translated request: to the client, from the frontend
@@ -156,6 +162,6 @@ static __always_inline int error_to_client(struct __sk_buff *skb, struct packet 
 	quoted.dst = flow->frontend.addr;
 	quoted.dport = flow->frontend.port;
 	src = addr_equal(&pkt->src, &flow->backend.addr) ? flow->frontend.addr : pkt->src;
-	return rewrite_error(skb, pkt, &inner, &quoted, ~flow->addr_diff,
-			     flow->port_diff ? ~flow->port_diff : 0, &src, &pkt->dst);
+	return rewrite_error(skb, pkt, &inner, &quoted, inverse(destination_diffs(flow)), &src,
+			     &pkt->dst);
 }

@@ -95,6 +95,44 @@ static __always_inline int store_ends(struct __sk_buff *skb, const struct packet
 				   sizeof(wire) - PORTS_BYTES, 0);
 }
 
+/* The checksum differences of translating a flow's destination alone: what the
+ * flow keeps is for all that its requests have changed.
+ */
+struct diffs {
+	__u32 addresses;
+	__u32 ports;
+};
+
+static __always_inline struct diffs destination_diffs(const struct flow_value *flow)
+{
+	struct diffs diffs = { .addresses = flow->addr_diff, .ports = flow->port_diff };
+
+	if (FAST_PATH && (flow->flags & FLOW_SNAT)) {
+		diffs.addresses = addr_diff(&flow->frontend.addr, &flow->backend.addr);
+		diffs.ports = flow->frontend.port == flow->backend.port ? 0 :
+			      port_diff(flow->frontend.port, flow->backend.port);
+	}
+	return diffs;
+}
+
+/* The same for the way back. */
+static __always_inline struct diffs inverse(struct diffs diffs)
+{
+	struct diffs back = {
+		.addresses = ~diffs.addresses,
+		.ports = diffs.ports ? ~diffs.ports : 0,
+	};
+
+	return back;
+}
+
+static __always_inline struct diffs all_diffs(const struct flow_value *flow)
+{
+	struct diffs diffs = { .addresses = flow->addr_diff, .ports = flow->port_diff };
+
+	return diffs;
+}
+
 static __always_inline int fix_l4_csum(struct __sk_buff *skb, const struct packet *pkt,
 				       __u32 addresses, __u32 ports)
 {
@@ -111,20 +149,21 @@ static __always_inline int fix_l4_csum(struct __sk_buff *skb, const struct packe
 	return 0;
 }
 
-/* Give the packet its new ends. The differences are those of all addresses and
- * of both ports. Returns NEXT, or the verdict of a packet that cannot go on.
+/* Give the packet its new ends and, where we forward it ourselves, one hop less.
+ * The differences are those of all addresses and of both ports. Returns NEXT, or
+ * the verdict of a packet that cannot go on.
  */
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *pkt,
-				   const struct rewrite *to, __u32 addresses, __u32 ports)
+				   const struct rewrite *to, struct diffs diffs, bool hop)
 {
 	bool has_ports = pkt->fragment != FRAGMENT_LATER;
 
 	/* SCTP's checksum covers the ports and cannot be mended by difference. */
 	if (pkt->proto == IPPROTO_SCTP && (to->sport != pkt->sport || to->dport != pkt->dport))
 		return drop(DROP_REWRITE_FAILED);
-	if (has_ports && fix_l4_csum(skb, pkt, addresses, ports))
+	if (has_ports && fix_l4_csum(skb, pkt, diffs.addresses, diffs.ports))
 		return drop(DROP_REWRITE_FAILED);
-	if (store_ends(skb, pkt, to, addresses, has_ports, hops(pkt->lead)))
+	if (store_ends(skb, pkt, to, diffs.addresses, has_ports, hops(pkt->lead) - hop))
 		return drop(DROP_REWRITE_FAILED);
 	return NEXT;
 }

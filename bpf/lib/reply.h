@@ -51,7 +51,7 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	to.sport = flow->frontend.port;
 	to.dst = pkt.dst;
 	to.dport = pkt.dport;
-	if (rewrite(skb, &pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0) != NEXT)
+	if (rewrite(skb, &pkt, &to, inverse(destination_diffs(flow)), false) != NEXT)
 		return TC_ACT_SHOT;
 	count_packet(key.service, skb);
 	return FORWARD;

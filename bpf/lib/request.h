@@ -6,6 +6,7 @@
 #include "fragment.h"
 #include "icmp.h"
 #include "refuse.h"
+#include "fast.h"
 #include "select.h"
 
 /* Is this source a pod of the cluster? (D1, ClusterCIDR) */
@@ -110,6 +111,9 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	} else if (frontend->flags >> MASQUERADE_SHIFT & source) {
 		flow->flags = FLOW_MASQUERADE;
 	}
+#if FAST_PATH
+	open_fast(skb, pkt, flow, key, now);
+#endif
 	if (flows.update(key, flow))
 		return turn_away(pkt, DROP_FLOW_TABLE);
 	count_connection(key->service);
@@ -137,10 +141,11 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 		.sport = pkt->sport,
 		.dport = flow->backend.port,
 	};
+	struct diffs diffs = destination_diffs(flow);
 	__u32 masquerade = flow->flags & FLOW_MASQUERADE;
 	int verdict;
 
-	verdict = rewrite(skb, pkt, &to, flow->addr_diff, flow->port_diff);
+	verdict = rewrite(skb, pkt, &to, diffs, false);
 	if (verdict != NEXT)
 		return verdict;
 	count_packet(service, skb);
@@ -172,7 +177,7 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 		tell_ending(skb, flow, &pkt->src, pkt->dport, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_remember(pkt);
-	verdict = rewrite(skb, pkt, &to, ~flow->addr_diff, flow->port_diff ? ~flow->port_diff : 0);
+	verdict = rewrite(skb, pkt, &to, inverse(all_diffs(flow)), false);
 	if (verdict != NEXT)
 		return verdict;
 	count_packet(key.service, skb);
@@ -196,8 +201,12 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 
 	if (parse(skb, l3, &pkt) != NEXT)
 		return NOT_OURS;
-	if (pkt.proto == PROTO_ICMP)
-		return error_to_backend(skb, &pkt);
+	if (pkt.proto == PROTO_ICMP) {
+		verdict = error_to_backend(skb, &pkt);
+		if (FAST_PATH && verdict == NOT_OURS)
+			verdict = fast_error(skb, &pkt);
+		return verdict;
+	}
 	if (!is_transport(&pkt))
 		return NOT_OURS;
 	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
@@ -209,6 +218,8 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
+		if (FAST_PATH && (verdict = fast_reply(skb, &pkt)) != NEXT)
+			return verdict;
 		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
 			free_client_port(&to, 0, &pkt, now_s());
 		return NOT_OURS;
@@ -238,5 +249,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	}
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);
+	if (FAST_PATH && (verdict = fast_request(skb, &pkt, flow, key.service)) != NEXT)
+		return verdict;
 	return send_to_backend(skb, &pkt, flow, key.service);
 }

@@ -71,7 +71,23 @@ struct flow_value {
 	__u32 seen_s;		/* coarse monotonic clock */
 	__u8  state;		/* STATE_* */
 	__u8  flags;		/* FLOW_* */
+	__be16 nat_port;	/* the client's port and address as the backend */
+	struct addr nat;	/* sees them, of a FLOW_SNAT */
+	__u32 client_link;	/* FLOW_FAST: devices whose other ends are the client */
+	__u32 backend_link;	/* and the backend; 0: unknown, or reached by a route */
+};
+
+/* Who has a port that stands for clients' (FLOW_SNAT). */
+struct nat_key {
+	struct l4_addr backend;
+	__be16 port;
 	__u16 pad;
+};
+
+/* A device the fast path may send through. */
+struct link_value {
+	__u32 kind;		/* LINK_* */
+	struct addr addr;	/* the node's, towards what is behind it; 0: none */
 };
 
 /* Who stays with a backend: an address on the packet path, a network namespace

@@ -63,6 +63,12 @@ class EbpfSettings(Section):
         "antrea-gw*",
     )
     """Patterns of devices through which other machines are reached: NICs and the CNI's tunnels."""
+    fast_path: bool = False
+    """Send packets of services straight to the device they leave by, past netfilter and routing,
+    where both directions of a flow can take that way. Faster than forwarding; but whatever filters
+    forwarded packets on this node (network policies in netfilter) does not see them, so it is for
+    nodes that have none. Needs Linux 5.10.
+    """
     flow_entries: int = Field(default=262_144, ge=1024)
     """Flows kept, each family; least recently used go first. 256 Ki costs 40 MiB (IPv4) and inserts
     twice as fast as 1 Mi.

@@ -16,6 +16,10 @@ from ebpf_svc.host import rtnetlink
 from ebpf_svc.host.netlink import CREATE, EXCL, Failure, Message, attribute, attributes
 
 _IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBI")
+"""ifaddrmsg: family, prefix length, flags, scope, device."""
+_SECONDARY = 0x01  # IFA_F_SECONDARY; of IPv6 it means temporary
+_NOT_A_SOURCE = 0x08 | 0x20 | 0x40  # IFA_F_DADFAILED, _DEPRECATED, _TENTATIVE
 _TCMSG = struct.Struct("=BxxxiIII")
 
 _CLSACT_PARENT, _CLSACT_HANDLE = 0xFFFFFFF1, 0xFFFF0000
@@ -43,6 +47,18 @@ class Link:
     """ARPHRD_*: 1 is Ethernet."""
     flags: int
     """IFF_*."""
+    master: int = 0
+    """The device it is enslaved to, 0 = to none."""
+    has_far_peer: bool = False
+    """Its other end is in another network namespace, as a pod's is."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAddress:
+    """An address of a device that packets can be sent from, of global scope."""
+
+    index: int
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +99,11 @@ def parse_link(message: Message) -> Link | None:
         return None
     found = attributes(message.body[_IFINFO.size :])
     info = attributes(found.get(18, b""))
-    return Link(index, _text(found.get(3)), _text(info.get(1)), _text(info.get(4)), kind, flags)
+    return Link(
+        *(index, _text(found.get(3)), _text(info.get(1)), _text(info.get(4)), kind, flags),
+        master=int.from_bytes(found.get(10, b"")[:4], "little"),
+        has_far_peer=37 in found,  # IFLA_LINK_NETNSID
+    )
 
 
 def index_of_tc(message: Message) -> int:
@@ -97,6 +117,23 @@ def links(netlink: rtnetlink.Socket) -> list[Link]:
     body = _IFINFO.pack(0, 0, 0, 0, 0) + attribute(29, struct.pack("=I", 1 << 3))
     found = (parse_link(message) for message in netlink.dump(rtnetlink.GETLINK, body))
     return [link for link in found if link is not None]
+
+
+def addresses(netlink: rtnetlink.Socket) -> list[DeviceAddress]:
+    """Every address of the namespace that may be a source: global, not on trial; primary first."""
+    found = []
+    for message in netlink.dump(rtnetlink.GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+        family, _, flags, scope, index = _IFADDR.unpack_from(message.body)
+        given = attributes(message.body[_IFADDR.size :])
+        flags = int.from_bytes(given.get(8, bytes([flags])), "little")
+        if scope == 0 and not flags & _NOT_A_SOURCE:
+            packed = given.get(2, given.get(1, b""))
+            found.append((flags & _SECONDARY, index, socket.inet_ntop(family, packed)))
+    return [DeviceAddress(index, address) for _, index, address in sorted(found, key=_by_rank)]
+
+
+def _by_rank(item: tuple[int, int, str]) -> int:
+    return item[0]
 
 
 def clsacts(netlink: rtnetlink.Socket) -> dict[int, Clsact]:

@@ -20,9 +20,9 @@ from ebpf_svc.host.command import run
 
 TABLE = "inet ebpf-svc"
 CHAIN = "EBPF-SVC-MASQ"
-PORTS = (32768, 65535)
+PORTS = (32768, 60999)
 """Source ports of masqueraded packets: above every node port, or the answer to one would look like
-a request to that node port (B9)."""
+a request to that node port (B9), and below those the eBPF fast path gives out itself."""
 _ALL = 0xFFFFFFFF
 
 

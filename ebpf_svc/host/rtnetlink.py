@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from ebpf_svc.host import netlink
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
+GETADDR = 22
 NEWQDISC, DELQDISC, GETQDISC = 36, 37, 38
 NEWTFILTER, DELTFILTER, GETTFILTER = 44, 45, 46
 GROUP_LINK, GROUP_TC = 1, 4
+GROUP_IPV4_ADDRESS, GROUP_IPV6_ADDRESS = 5, 9
 """Multicast groups, as numbers."""
 
 

@@ -15,7 +15,7 @@ from ebpf_svc.testbed.host import Node
 from ebpf_svc.testbed.namespace import python_argv
 from ebpf_svc.testbed.patience import PATIENCE
 
-READY_S = 20.0 * PATIENCE
+READY_S = 60.0 * PATIENCE
 STOP_S = 10.0 * PATIENCE
 POLL_S = 0.005
 

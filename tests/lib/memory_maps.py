@@ -192,7 +192,9 @@ def memory_tables(
                 ["frontend", _struct(l4_addr)],
                 ["backend", _struct(l4_addr)],
                 *_numbers("addr_diff:32 port_diff:32 backend_id:32 seen_s:32"),
-                *_numbers("state:8 flags:8 pad:16"),
+                *_numbers("state:8 flags:8 nat_port:16"),
+                ["nat", _struct(addr)],
+                *_numbers("client_link:32 backend_link:32"),
             ]
         )
         counters = _layout(_numbers("connections:64 packets:64 bytes:64"))
@@ -203,6 +205,8 @@ def memory_tables(
             ("flows", flow_key, flow_value, 1024),
             ("affinity", word, word, 1),
             ("fragments", word, word, 1),
+            ("nat_ports", word, word, 1),
+            ("links", word, word, 1),
             ("sockets", word, word, 1),
             ("events", word, word, 1),
         ):

@@ -25,6 +25,8 @@ VARIANTS = {
         Variant("ebpf", "ebpf"),
         # Pods' packets all meet tc.
         Variant("ebpf-host-only", "ebpf", {"socket_lb": SocketLB.HOST_ONLY}),
+        # And go past the stack where they can.
+        Variant("ebpf-fast", "ebpf", {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True}),
         Variant("iptables", "iptables"),
         Variant("userspace", "userspace"),
     )

@@ -88,6 +88,10 @@ def test_sweep_finds_the_one_live_flow_among_thousands(
             seen_s=now_s if alive else now_s - 60 & 0xFFFFFFFF,
             state=int(FlowState.ESTABLISHED) if alive else closed,
             flags=0,
+            nat_port=0,
+            nat=bytes(4),
+            client_link=0,
+            backend_link=0,
         )
         flows.append((key, value))
     of_family.flows.update(flows)

@@ -50,6 +50,19 @@ class FlowFlag(IntFlag):
     """The backend is the client itself: its source becomes the hairpin address."""
     MASQUERADE = 2
     """Packets towards the backend carry the masquerade mark."""
+    FAST = 4
+    """Both directions go past the stack, see bpf/lib/route.h."""
+    SNAT = 8
+    """The backend sees an address and port of the node, kept in `nat_ports`."""
+
+
+class LinkKind(IntEnum):
+    """What a device is to the fast path, `link_value.kind`."""
+
+    PEER = 1
+    """A pod is at its other end: packets can be put there at once."""
+    ETHERNET = 2
+    """A NIC, or the bridge of pods: packets leave with a neighbour's address."""
 
 
 class FlowState(IntFlag):
@@ -83,6 +96,10 @@ class EventKind(IntEnum):
     DROPPED = 2
 
 
+NAT_PORTS = range(61_000, 65_536)
+"""Ports of the node that stand for clients of the fast path: above those Linux gives to sockets by
+default, and not among those netfilter masquerades to (host/nft.py).
+"""
 UDP_IDLE_S = 120
 """A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
 SYN_IDLE_S = 60
@@ -124,6 +141,7 @@ def node_defines(
     translate_pods: bool,
     kernel: tuple[int, int],
     masquerade_mark: int = MASQUERADE_MARK,
+    fast_path: bool = False,
 ) -> dict[str, str]:
     """What is compiled in for this node: its pods' prefix, its kernel's abilities, its options.
 
@@ -133,6 +151,7 @@ def node_defines(
         translate_pods: the socket hooks act for pods, not only for host processes.
         kernel: major and minor version.
         masquerade_mark: the bit of the mark that asks for masquerading.
+        fast_path: flows may go past the stack.
     """
     flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
     node = {
@@ -141,6 +160,7 @@ def node_defines(
         "HAVE_SET_RETVAL": str(int(kernel >= (5, 18))),
         "SOCKET_LB_PODS": str(int(translate_pods)),
         "MASQUERADE_MARK": hex(masquerade_mark),
+        "FAST_PATH": str(int(fast_path)),
     }
     for prefix in cluster_cidrs:
         if family_of(prefix) is family:
@@ -166,6 +186,8 @@ def defines(family: Family) -> dict[str, str]:
         "DISCARD_ADDRESS": _words(DISCARD_ADDRESS[family], family),
         "MASQUERADE_MARK": hex(MASQUERADE_MARK),
         "DROP_REASONS": str(len(Drop)),
+        "NAT_PORT_FIRST": str(NAT_PORTS.start),
+        "NAT_PORT_COUNT": str(len(NAT_PORTS)),
     }
     numbers.update({f"SOURCE_{source.name}": str(int(source)) for source in Sources})
     for prefix, flags in (
@@ -175,6 +197,7 @@ def defines(family: Family) -> dict[str, str]:
         ("STATE", FlowState),
         ("DROP", Drop),
         ("EVENT", EventKind),
+        ("LINK", LinkKind),
     ):
         numbers.update({f"{prefix}_{flag.name}": str(int(flag)) for flag in flags})
     return numbers

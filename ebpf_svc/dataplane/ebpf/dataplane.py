@@ -24,6 +24,7 @@ from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.counters import NO_FLOWS, Counters, StepTimes
 from ebpf_svc.dataplane.ebpf.events import RingEvents
+from ebpf_svc.dataplane.ebpf.fastlinks import FastLinks
 from ebpf_svc.dataplane.ebpf.flows import has_connections
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.programs import PEER_PROGRAMS, SOCKET_PROGRAMS, Programs
@@ -59,6 +60,7 @@ class _Running:
     forwarding: Forwarding
     programs: Programs
     attachments: Attachments
+    fast_links: FastLinks | None
     rules: MasqueradeRules
     sweeper: Sweeper
     counters: Counters
@@ -134,6 +136,12 @@ class EbpfDataplane:
             steps.done("load")
             rules = nft.masquerade_rules(self._mark)
             rules.apply()
+            fast_links = None
+            if settings.fast_path:
+                links = {family: of.links for family, of in opened.family.items()}
+                fast_links = FastLinks(links, settings)
+                fast_links.start()
+                undo.callback(fast_links.stop)
             attachments = Attachments(
                 programs, settings, hooks=PEER_PROGRAMS if retiring else SOCKET_PROGRAMS
             )
@@ -152,7 +160,8 @@ class EbpfDataplane:
         steps.done("attach")
         counters = Counters(opened, forwarding.states)
         return _Running(
-            *(opened, forwarding, programs, attachments, rules, sweeper, counters, steps.taken_s)
+            *(opened, forwarding, programs, attachments, fast_links, rules),
+            *(sweeper, counters, steps.taken_s),
         )
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
@@ -271,6 +280,8 @@ class EbpfDataplane:
             return
         running.sweeper.stop()
         running.attachments.stop()
+        if running.fast_links is not None:
+            running.fast_links.stop()
         running.programs.close()
         with self._lock:
             running.tables.close()
@@ -315,6 +326,7 @@ class EbpfDataplane:
                 translate_pods=self._settings.ebpf.socket_lb is SocketLB.FULL,
                 kernel=(major, minor),
                 masquerade_mark=self._mark,
+                fast_path=self._settings.ebpf.fast_path,
             )
             for family in self._settings.families
         }

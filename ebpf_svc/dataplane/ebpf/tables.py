@@ -28,6 +28,8 @@ from ebpf_svc.model.net import Family
 SOURCE_RANGE_ENTRIES = 65_536
 FRAGMENT_ENTRIES = 8_192
 """Datagrams whose later fragments may still come, each family."""
+LINK_ENTRIES = 16_384
+"""Devices of a node the fast path may use."""
 UDP_SOCKET_ENTRIES = 65_536
 COUNTED_SERVICES = 16_384
 """Service ports counted one by one, each family: every CPU has all the counters, 24 bytes each.
@@ -57,6 +59,8 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "fragments": FRAGMENT_ENTRIES,
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
+        "nat_ports": settings.flow_entries if settings.fast_path else 1,
+        "links": LINK_ENTRIES if settings.fast_path else 1,
         "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
         "settings": 1,
         "drops": len(constants.Drop),
@@ -104,6 +108,8 @@ class FamilyTables:
     affinity: HashTable
     source_ranges: HashTable
     fragments: HashTable
+    nat_ports: HashTable
+    links: HashTable
     service_counters: PerCpuArray
     sockets: Table
     """Socket storage: the kernel cannot list it."""

@@ -77,6 +77,10 @@ class Node:
             seen_s=NOW_S - idle_s,
             state=int(state),
             flags=0,
+            nat_port=0,
+            nat=bytes(len(address)),
+            client_link=0,
+            backend_link=0,
         )
         flows.update([(key, value)])
 

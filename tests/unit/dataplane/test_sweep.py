@@ -97,6 +97,10 @@ class Node:
             seen_s=NOW_S - idle_s,
             state=int(state),
             flags=0,
+            nat_port=0,
+            nat=bytes(4),
+            client_link=0,
+            backend_link=0,
         )
         self.tables.flows.update([(flow, value)])
         return flow

@@ -1,0 +1,108 @@
+"""The fast path: packets of services past netfilter, and the same answers as ever.
+
+That everything else holds on it too is for the suite's variant `ebpf-fast` to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpf_svc.config import SocketLB
+from ebpf_svc.dataplane.ebpf.constants import NAT_PORTS
+from ebpf_svc.host import conntrack_table
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.host import Host, Node
+from ebpf_svc.testbed.podnet import PodNetwork
+from ebpf_svc.testbed.traffic import Answer, Target, ask
+from tests.lib.manifests import Web
+from tests.lib.world import World
+
+every_family = pytest.mark.parametrize("family", list(Family), ids=lambda family: family.label)
+
+
+@pytest.fixture(scope="module", params=[PodNetwork.BRIDGE, PodNetwork.ROUTED], ids=str)
+def fast(
+    request: pytest.FixtureRequest, artifact_cache: Path, no_leftovers: None
+) -> Iterator[World]:
+    """A cluster whose pods' packets meet tc, with the fast path on."""
+    world = World(
+        request.param,
+        cache_dir=artifact_cache,
+        ebpf={"fast_path": True, "socket_lb": SocketLB.HOST_ONLY},
+    )
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def web(fast: World) -> Web:
+    """Two endpoints on node1, one on node2."""
+    web = fast.new_web()
+    fast.publish(web, fast.webs)
+    return web
+
+
+def tracked(node: Node, *ends: str) -> list[conntrack_table.Entry]:
+    """What the node's netfilter has seen of TCP to these addresses."""
+    with node.namespace.entered():
+        return [
+            entry
+            for family in Family
+            for entry in conntrack_table.entries(
+                family, Protocol.TCP, lambda to, answers_from: to[0] in ends
+            )
+        ]
+
+
+def seen(fast: World, *frontends: str) -> list[conntrack_table.Entry]:
+    """What node1's netfilter has seen of these frontends and of all endpoints."""
+    pods = (pod.address(family) for pod in fast.webs for family in Family)
+    return tracked(fast.cluster.nodes[0], *frontends, *pods)
+
+
+def asked(asker: Host, target: Target) -> list[Answer]:
+    answers = ask(asker, target.address, target.port, target.protocol, count=12)
+    assert all(answer.ok and answer.peer == target.address for answer in answers), answers
+    return answers
+
+
+@every_family
+def test_pod_reaches_a_cluster_ip_past_netfilter(fast: World, web: Web, family: Family) -> None:
+    """P8: a pod keeps its address, and node1's netfilter sees neither request nor answer."""
+    target = web.at_cluster_ip(family, Protocol.TCP)
+    answers = asked(fast.shell1, target)
+    assert {answer.client for answer in answers} == {fast.shell1.address(family)}
+    assert {answer.server for answer in answers} == {"web1", "web2", "web3"}
+    assert seen(fast, target.address) == []
+
+
+@every_family
+def test_outside_client_at_a_node_port_goes_past_netfilter(
+    fast: World, web: Web, family: Family
+) -> None:
+    """P6: every backend sees an address of node1, and node1's netfilter sees nothing."""
+    node = fast.cluster.nodes[0]
+    target = web.at_node(node, family, Protocol.TCP)
+    answers = asked(fast.cluster.client, target)
+    assert {answer.client for answer in answers} <= fast.own_addresses(node)
+    assert {answer.server for answer in answers} == {"web1", "web2", "web3"}
+    assert {answer.client_port for answer in answers} <= set(NAT_PORTS)
+    assert seen(fast, target.address) == []
+
+
+@every_family
+def test_external_policy_local_keeps_the_address_past_netfilter(
+    fast: World, family: Family
+) -> None:
+    """P7: the endpoint sees the outside client, and node1's netfilter sees nothing."""
+    local = fast.new_web(external_local=True)
+    fast.publish(local, fast.webs)
+    target = local.at_balancer(family, Protocol.TCP)
+    answers = asked(fast.cluster.client, target)
+    assert {answer.client for answer in answers} == {fast.cluster.client.address(family)}
+    assert {answer.server for answer in answers} == {"web1", "web2"}
+    assert seen(fast, target.address) == []
+    fast.withdraw(local)
