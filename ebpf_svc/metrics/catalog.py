@@ -193,6 +193,13 @@ NFTABLES_CLEANUP_FAILURES = _counter(
     labels="ip_family",
     modes=("nftables",),
 )
+RELAY_EVENTS = _counter(
+    "ebpf_svc_relay_events_total",
+    "What befell flows of the relay: another backend was tried (retries), none answered (failed), "
+    "open files were short (limited), an endpoint led back to the relay (loops).",
+    labels="event",
+    modes=("userspace",),
+)
 BUILD = _gauge(
     "ebpf_svc_build_info",
     "Always 1; which version runs.",
