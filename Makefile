@@ -9,13 +9,15 @@ pytest := $(python) -m pytest -q --no-header
 rings := lint unit golden deploy packet behaviour
 # What `make image` installs, and nothing else needs.
 builders := buildah mmdebstrap crun
+# What `make vm` installs, and nothing else needs.
+emulator := qemu-system-x86 kmod e2fsprogs
 # make behaviour K=nodeport ARGS=-x
 K ?=
 ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image behaviours bench-path bench-packet bench-apply bench-watch clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm behaviours bench-path bench-packet bench-apply bench-watch clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -66,6 +68,11 @@ packet: need-root bootstrap ## one program at a time through the kernel (root)
 
 behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
 	@$(pytest) tests/behaviour $(choose)
+
+vm: need-root bootstrap ## programs, packets and a behaviour a promise on other kernels, emulated (root, qemu)
+	@dpkg-query -W $(emulator) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(emulator) >/dev/null; }
+	@$(python) -m tests.vm ring $(ARGS)
 
 behaviours: need-root bootstrap ## docs/behaviours.md from this ring and what the vm ring left (root)
 	@$(pytest) tests/behaviour --results test-logs/results/behaviour.json; status=$$?; \

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import click
 
-from tests.vm import guest, kernels
+from tests.vm import guest, kernels, suite
 from tests.vm.guest import GuestFailed
 from tests.vm.kernels import NoKernel
-
-LOGS = Path("test-logs/vm")
 
 
 @click.group()
@@ -57,7 +55,7 @@ def run(
     The command runs in a copy of this repository; what it leaves in test-logs/ is found in
     OUT/test-logs/ afterwards. Without --out that is a folder of test-logs/vm/, kept on failure.
     """
-    folder = out or LOGS / kernel / f"run-{os.getpid()}"
+    folder = out or suite.LOGS / kernel / f"run-{os.getpid()}"
     try:
         booted = kernels.obtain(kernels.find(kernel))
         outcome = guest.run(
@@ -77,6 +75,21 @@ def run(
     if out is None and outcome.status == 0:
         shutil.rmtree(folder)
     sys.exit(outcome.status)
+
+
+@main.command()
+@click.option("--kernel", "names", multiple=True, help="Only this one; repeatable.")
+@click.option("--only", multiple=True, help="Only this part, e.g. packet or smoke; repeatable.")
+@click.option("--machines", default=suite.machines_here(), show_default=True, help="At a time.")
+def ring(*, names: tuple[str, ...], only: tuple[str, ...], machines: int) -> None:
+    """Run the ring: packets, one behaviour test a promise, ipvs whole; print the table."""
+    try:
+        wanted = [kernels.find(name) for name in names] or list(kernels.wanted())
+    except NoKernel as error:
+        raise click.UsageError(str(error)) from error
+    rows = suite.run(wanted, only=only, machines=machines, say=click.echo)
+    click.echo(suite.table(rows))
+    sys.exit(int(not all(row.ok for row in rows)))
 
 
 if __name__ == "__main__":
