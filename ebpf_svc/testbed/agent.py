@@ -34,7 +34,8 @@ class Agent:
     Leaving the block stops the process and runs `cleanup`, so the node is as it was.
     """
 
-    def __init__(self, node: Node, settings: Settings, *, mode: str = "ebpf") -> None:
+    def __init__(self, node: Node, settings: Settings, *, mode: str | None = "ebpf") -> None:
+        """Write its settings file; nothing runs yet. No `mode`: the settings' counts."""
         self.node, self.settings = node, settings
         self._mode = mode
         self.log_path = node.folders.root / "agent.log"
@@ -64,8 +65,9 @@ class Agent:
             AgentError: it ended or was not ready in time.
         """
         begun = time.monotonic()
-        argv = [*python_argv("ebpf_svc.cli"), "run", "--mode", self._mode]
-        argv += ["--config", str(self.config)]
+        argv = [*python_argv("ebpf_svc.cli"), "run", "--config", str(self.config)]
+        if self._mode is not None:
+            argv += ["--mode", self._mode]
         with self.log_path.open("a") as log:
             self._process = self.node.popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

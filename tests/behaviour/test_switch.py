@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import threading
 import time
@@ -346,7 +347,9 @@ def test_mode_that_cannot_run_is_told_everywhere(cluster: Cluster) -> None:
         assert event["regarding"]["name"] == "node1"
         assert "ebpf: " in event["note"]
         assert "nowhere" in agent.command("show")
-        eventually(site.held, until=lambda held: not held["clsact"] and not held["pin"])
+        eventually(
+            site.held, until=lambda held: not held["clsact"] and not held["pin"], within_s=30
+        )
 
 
 def test_named_mode_that_cannot_run_ends_the_start(cluster: Cluster) -> None:
@@ -367,3 +370,23 @@ def test_mode_that_cannot_run_is_refused_by_the_switch(cluster: Cluster) -> None
         assert caught.value.code == 1
         assert agent.status()["mode"] == OTHER
         assert _differences("", held, site.held()) == []
+
+
+def test_mode_in_the_settings_changes_while_the_agent_runs(cluster: Cluster) -> None:
+    """An edit of the file is a switch; one of something else leaves a mode chosen by hand."""
+    site = Site(cluster, OTHER)
+    agent = Agent(site.node, site.agent.settings.model_copy(update={"mode": OTHER}), mode=None)
+
+    def write(**fields: object) -> None:
+        agent.config.write_text(json.dumps({**json.loads(agent.config.read_text()), **fields}))
+
+    with agent, ExitStack() as stack:
+        pid, loads = agent.status()["pid"], site.load(stack)
+        write(mode="ebpf")
+        eventually(lambda: agent.status()["mode"], until="ebpf".__eq__, within_s=20)
+        agent.command("switch", OTHER, "--drain-s", "0")
+        write(resync_period_s=20)
+        eventually(lambda: agent.log_tail().count("config.changed"), until=(2).__eq__)
+        failed = {name: each.stop() for name, each in loads.items()}
+        assert (agent.status()["mode"], agent.status()["pid"]) == (OTHER, pid)
+    assert {name: each.failures for name, each in failed.items() if each.failed} == {}

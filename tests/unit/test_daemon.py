@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from ebpf_svc.config import Mode
+from ebpf_svc.control import Progress, Step, SwitchRequest, ask
+from ebpf_svc.status import CONTROL
+
 SERVICE = """
 apiVersion: v1
 kind: Service
@@ -126,3 +130,14 @@ def test_agent_starts_after_one_that_was_killed(agent: Agent) -> None:
     agent.end(signal.SIGKILL)
     agent.start()
     assert agent.wait(ready)["services"]["ports"] == 1
+
+
+def test_agent_answers_commands_while_it_runs(agent: Agent) -> None:
+    """A switch to what serves is done at once; the socket goes with the agent."""
+    agent.add("web")
+    agent.start()
+    assert agent.wait(ready)["refused"] == {}
+    told = list(ask(agent.run_dir, SwitchRequest(mode=Mode.FAKE)))
+    assert told == [Progress(Step.DONE, "fake", "serves already")]
+    agent.end(signal.SIGTERM)
+    assert not (agent.run_dir / CONTROL).exists()
