@@ -104,6 +104,11 @@ def settings_of_agent(settings: Settings) -> Settings:
 
 def keeps_nat(settings: Settings) -> bool:
     """Whether rules of ours with NAT are there; raises CommandError."""
+    # Not for everybody who asks for an agent: it takes the relay along.
+    from ebpf_svc.dataplane.userspace.steering import is_led_by_netfilter  # noqa: PLC0415
+
     return (
-        has_our_rules(settings.families) or masquerade_rules(1 << settings.masquerade_bit).exists()
+        has_our_rules(settings.families)
+        or masquerade_rules(1 << settings.masquerade_bit).exists()
+        or is_led_by_netfilter()
     )

@@ -64,9 +64,14 @@ def make_steering(settings: Settings) -> Steering:
     return NetfilterSteering(settings)
 
 
+def is_led_by_netfilter() -> bool:
+    """Whether our table is there, whoever left it; raises CommandError."""
+    return bool(shutil.which("nft")) and _list() is not None
+
+
 def remove_all() -> None:
     """Remove what any of them left, whoever ran; raises DataplaneError."""
-    if shutil.which("nft") and _list() is not None:
+    if is_led_by_netfilter():
         run(["nft", "delete", "table", *TABLE.split()])
     localroute.remove(localroute.present())
 
