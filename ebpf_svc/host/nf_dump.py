@@ -113,6 +113,14 @@ def base_chains(socket: Socket, family: int) -> Iterator[tuple[str, str]]:
             yield found.name(1), found.name(7)
 
 
+def chain_names(socket: Socket, table: Table) -> Iterator[str]:
+    """The names of a table's chains; none when there is no such table."""
+    for body in socket.list(GETCHAIN, table.family):
+        found = _Found(attributes(body))
+        if found.name(1) == table.name:
+            yield found.name(3)
+
+
 def _read(socket: Socket, table: Table) -> Held | None:
     found = _table(socket, table)
     if found is None:

@@ -39,6 +39,7 @@ FIB_TYPE, FIB_SADDR = 3, 1
 LOCAL = 2
 """RTN_LOCAL."""
 SET_UPDATE = 1
+TCP_RESET = 1
 INVERT = 1
 
 
@@ -286,9 +287,9 @@ class Masquerade(Expression):
 
 @dataclass(frozen=True, slots=True)
 class Reject(Expression):
-    """Answer that the port is unreachable."""
+    """Answer with an ICMP error of that code, or with a reset."""
 
-    code: int
+    code: int | None
     type: int = 0
     KIND = "reject"
     FIELDS = (_Field(1, "type"), _Field(2, "code", _BYTE))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ebpf_svc.dataplane.netfilter.names import nft_name
 from ebpf_svc.dataplane.nftables import layout as names
-from ebpf_svc.dataplane.nftables.layout import INDEX, Layout
+from ebpf_svc.dataplane.nftables.layout import INDEX, Layout, endpoints_map_name
 from ebpf_svc.dataplane.nftables.render import Ranges
 from ebpf_svc.dataplane.nftables.slots import Range, Slots, capacity_for
 from ebpf_svc.host.netlink import attribute, attributes
@@ -38,10 +38,11 @@ def ranges(
 
 
 def _range(held: Held, layout: Layout, rules: tuple[Rule, ...], taken: set[int]) -> Range | None:
-    numbers = balanced(rules)
-    if numbers is None:
+    balance = balanced(rules)
+    if balance is None:
         return None
-    elements = held.elements.get(names.SERVICE_ENDPOINTS, {})
+    name, numbers = balance
+    elements = held.elements.get(name, {})
     ends = []
     for number in numbers:
         element = elements.get(INDEX.pack(number))
@@ -50,24 +51,25 @@ def _range(held: Held, layout: Layout, rules: tuple[Rule, ...], taken: set[int])
         ends.append(layout.unpack_end(element.value))
     capacity = capacity_for(len(ends))
     owned = range(numbers.start, numbers.start + capacity)
+    found = Range(numbers.start, capacity, tuple(ends))
     if len(set(ends)) != len(ends) or not taken.isdisjoint(owned):
         return None
+    if name != endpoints_map_name(found.shard):
+        return None
     taken.update(owned)
-    return Range(numbers.start, capacity, tuple(ends))
+    return found
 
 
-def balanced(rules: tuple[Rule, ...]) -> range | None:
-    """The numbers that a chain chooses from; None when it does not."""
+def balanced(rules: tuple[Rule, ...]) -> tuple[str, range] | None:
+    """The map and the numbers that a chain chooses from; None when it does not."""
     if len(rules) != 1:
         return None
-    expressions = rules[0].expressions
-    if not any(
-        isinstance(each, Lookup) and each.set == names.SERVICE_ENDPOINTS for each in expressions
-    ):
-        return None
-    for each in expressions:
+    numbers = None
+    for each in rules[0].expressions:
         if isinstance(each, Numgen):
-            return range(each.offset, each.offset + each.modulus)
+            numbers = range(each.offset, each.offset + each.modulus)
+        elif isinstance(each, Lookup) and each.set.startswith(names.SERVICE_ENDPOINTS):
+            return None if numbers is None else (each.set, numbers)
     return None
 
 

@@ -116,17 +116,10 @@ class Change:
 class Steps(NamedTuple):
     """Transactions, one after the other. After each a reader sees all of it or nothing."""
 
-    prepare: list[Owned]
-    """Things nothing points to yet."""
     switch: list[Owned]
     """From one state to the other."""
     tidy: list[Owned]
     """Elements a packet under way may still look for."""
-
-
-PREPARE_FROM = 1000
-"""Requests from which on it pays to create sets in a transaction of their own: where a set is as
-new as the rules that look into it, the kernel searches the whole transaction for each rule."""
 
 
 def steps(table: Table, change: Change, *, apart: bool = False) -> Steps:
@@ -143,21 +136,21 @@ def steps(table: Table, change: Change, *, apart: bool = False) -> Steps:
     if change.table_comment:
         head.append((table.make(change.table_comment), None))
     sets: list[Owned] = [(table.add_set(one), owner) for one, owner in change.sets.values()]
-    before, after = list(_taken_away(table, change, apart)), list(_put_in(table, change, apart))
-    late = _late(change)
-    tidy: list[Owned] = [
-        (request, None) for request in table.remove_elements(names.SERVICE_ENDPOINTS, late)
-    ]
-    if change.replace or change.gone_sets or len(after) < PREPARE_FROM:
-        # Chains first: the fewer messages lie between a set and a rule, the better.
-        return Steps([], head + before + sets + after, tidy)
-    return Steps(head + sets, before + after, tidy)
+    return Steps(
+        [*head, *_taken_away(table, change, apart), *sets, *_put_in(table, change, apart)],
+        [
+            (request, None)
+            for name in change.gone
+            for request in table.remove_elements(name, sorted(_late(change, name)))
+        ],
+    )
 
 
-def _late(change: Change) -> list[bytes]:
+def _late(change: Change, name: str) -> set[bytes]:
     """Numbers that get no other endpoint: a packet that has just drawn one may still look."""
-    name = names.SERVICE_ENDPOINTS
-    return sorted(change.gone.get(name, {}).keys() - change.put.get(name, {}).keys())
+    if not name.startswith(names.SERVICE_ENDPOINTS):
+        return set()
+    return change.gone[name].keys() - change.put.get(name, {}).keys()
 
 
 def _taken_away(table: Table, change: Change, apart: bool) -> Iterator[Owned]:
@@ -167,10 +160,9 @@ def _taken_away(table: Table, change: Change, apart: bool) -> Iterator[Owned]:
         yield table.remove_chain(name), None
     for chain, owner in change.chains.values():
         yield table.add_chain(chain), owner
-    late = set(_late(change))
     for name, keys in change.gone.items():
-        is_late = late if name == names.SERVICE_ENDPOINTS else ()
-        items = ((key, owner) for key, owner in keys.items() if key not in is_late)
+        late = _late(change, name)
+        items = ((key, owner) for key, owner in keys.items() if key not in late)
         for some, owner in _grouped(items, apart):
             for request in table.remove_elements(name, some):
                 yield request, owner
@@ -182,6 +174,7 @@ def _taken_away(table: Table, change: Change, apart: bool) -> Iterator[Owned]:
 
 def _put_in(table: Table, change: Change, apart: bool) -> Iterator[Owned]:
     """Rules and elements, then chains nothing leads to any more."""
+    # Rules first: for each the kernel looks at all elements of its map.
     for name, (rules, owner) in change.rules.items():
         for request in table.add_rules(name, rules):
             yield request, owner

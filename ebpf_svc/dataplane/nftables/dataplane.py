@@ -16,14 +16,14 @@ from ebpf_svc.dataplane.base import ApplyReport, Reconciled, Support
 from ebpf_svc.dataplane.inspect import KernelPart
 from ebpf_svc.dataplane.netfilter.pods import pod_match
 from ebpf_svc.dataplane.netfilter.stale import StaleFlows
-from ebpf_svc.dataplane.nftables import probe, views
+from ebpf_svc.dataplane.nftables import loopback, probe, views
 from ebpf_svc.dataplane.nftables.content import Content
 from ebpf_svc.dataplane.nftables.family import Blamed, FamilyTable, Written
 from ebpf_svc.dataplane.nftables.frame import frame
 from ebpf_svc.dataplane.nftables.layout import LAYOUTS, NAT, SIGN, TABLE, Layout
 from ebpf_svc.dataplane.nftables.writer import Writer
 from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
-from ebpf_svc.host.nf_dump import base_chains, read_table, table_comment
+from ebpf_svc.host.nf_dump import base_chains, chain_names, read_table, table_comment
 from ebpf_svc.host.nfnetlink import Refused, Socket
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey, ServicePlan
 from ebpf_svc.model.identity import differences
@@ -50,6 +50,7 @@ class NftablesDataplane:
         self._in_doubt = True
         """The tables must be read before anything is written."""
         self._stale = StaleFlows(settings.families)
+        self._routes_loopback = False
 
     def check(self) -> Support:
         """Look at this host by a transaction that undoes itself."""
@@ -76,10 +77,19 @@ class NftablesDataplane:
                     mark=1 << settings.masquerade_bit,
                     pods=pods,
                     masquerade_all=settings.masquerade_all,
+                    # With an API server the ranges are its own, whatever ours say.
                     service_cidrs=settings.service_cidrs if settings.manifests else (),
+                    localhost=settings.localhost_node_ports,
                 )
+            self._keep_marker(self._writer.socket)
             self._applied, self._in_doubt = {}, True
-            self._stale = StaleFlows(settings.families)
+            self._stale, self._routes_loopback = StaleFlows(settings.families), False
+
+    def _keep_marker(self, socket: Socket) -> None:
+        """An earlier run may have said that it turned route_localnet on."""
+        content = self._frames.get(Family.V4)
+        if content is not None and _has_marker(socket):
+            content.chains[loopback.MARKER] = loopback.marker()
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
@@ -98,12 +108,13 @@ class NftablesDataplane:
     def _apply(self, writer: Writer, desired: DesiredState, *, resync: bool) -> ApplyReport:
         for table in self._tables.values():
             table.tidy()
+        keys = list(differences(self._applied, desired.plans))
         must_read = self._in_doubt or (resync and not writer.is_untouched())
         failed: Mapping[PlanKey, str] = {}
         done: list[Written] = []
         if not must_read:
             try:
-                done = self._update(desired.plans)
+                done = self._update(keys, desired.plans)
             except Refused:
                 # Somebody changed what we built upon.
                 must_read = True
@@ -111,6 +122,8 @@ class NftablesDataplane:
             done, failed = self._write_whole(writer, desired.plans)
         self._in_doubt = False
         self._applied = self._without(desired.plans, failed)
+        if not self._routes_loopback and loopback.is_needed(map(self._applied.get, keys)):
+            self._route_loopback(writer)
         changed = set[PlanKey]().union(*(written.changed for written in done))
         reconciled: tuple[Reconciled, ...] = ()
         if not failed:
@@ -124,10 +137,18 @@ class NftablesDataplane:
             reconciled=reconciled,
         )
 
-    def _update(self, plans: Plans) -> list[Written]:
+    def _route_loopback(self, writer: Writer) -> None:
+        """Let node ports on 127.0.0.1 answer; the guard was written with the first apply."""
+        if loopback.turn_on():
+            marker = loopback.marker()
+            self._frames[Family.V4].chains[loopback.MARKER] = marker
+            writer.commit([LAYOUTS[Family.V4].table.add_chain(marker.chain)])
+        self._routes_loopback = True
+
+    def _update(self, keys: Iterable[PlanKey], plans: Plans) -> list[Written]:
         """Write what changed, family by family; raises Refused."""
         by_family: dict[Family, list[PlanKey]] = {}
-        for key in differences(self._applied, plans):
+        for key in keys:
             by_family.setdefault(key.family, []).append(key)
         return [
             self._tables[family].update(keys, self._applied, plans)
@@ -244,6 +265,9 @@ class NftablesDataplane:
         self.close()
         try:
             with closing(Socket()) as socket:
+                # The setting first: afterwards nothing of ours guards it.
+                if _has_marker(socket):
+                    loopback.turn_off()
                 for layout in LAYOUTS.values():
                     if _is_ours(socket, layout):
                         socket.commit([layout.table.remove()])
@@ -261,6 +285,11 @@ class NftablesDataplane:
 def _is_ours(socket: Socket, layout: Layout) -> bool:
     comment = table_comment(socket, layout.table)
     return comment is not None and comment.startswith(SIGN)
+
+
+def _has_marker(socket: Socket) -> bool:
+    table = LAYOUTS[Family.V4].table
+    return any(name == loopback.MARKER for name in chain_names(socket, table))
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ebpf_svc.dataplane.nftables import adopt
 from ebpf_svc.dataplane.nftables.compare import Whole, compare, difference
 from ebpf_svc.dataplane.nftables.content import Change, Content, Owned, Owner, steps
 from ebpf_svc.dataplane.nftables.layout import Layout
-from ebpf_svc.dataplane.nftables.render import Ranges, cluster_ends, local_ends, render
+from ebpf_svc.dataplane.nftables.render import Ranges, cluster_ends, local_ends, maps_of, render
 from ebpf_svc.dataplane.nftables.slots import Slots
 from ebpf_svc.dataplane.nftables.writer import Writer
 from ebpf_svc.errors import DataplaneError
@@ -67,7 +67,8 @@ class FamilyTable:
         self._clock = clock
         self._slots = Slots()
         self._ranges: dict[PlanKey, Ranges] = {}
-        self._frame = Content()
+        self._maps: set[str] = set()
+        """Maps of endpoints that are there; they stay while we run."""
         self._counts: dict[str, dict[bytes, int]] = {}
         """Set -> key -> how many service ports have that element."""
         self._can_retime = True
@@ -94,6 +95,9 @@ class FamilyTable:
                 changed.add(key)
             _count(before, -1, counts)
             _count(after, 1, counts)
+        maps = maps_of(ranges.values())
+        for name in sorted(maps - self._maps):
+            change.sets[name] = (self._layout.endpoints_map(name), None)
         for (name, place), delta in counts.items():
             had = self._counts.get(name, {}).get(place, 0)
             if not had and delta > 0:
@@ -101,6 +105,7 @@ class FamilyTable:
             elif had and had + delta == 0:
                 change.remove(name, place)
         self._commit(change)
+        self._maps |= maps
         for key, now in ranges.items():
             self._keep(key, now)
         for (name, place), delta in counts.items():
@@ -140,6 +145,9 @@ class FamilyTable:
             for name, elements in content.shared.items():
                 for place in elements:
                     _add(counts.setdefault(name, {}), place, 1)
+        maps = maps_of(ranges.values()) | self._maps
+        for name in sorted(maps):
+            whole.sets[name] = (self._layout.endpoints_map(name), None)
         change, wrong = compare(held, whole, can_retime=self._can_retime, waiting=self._waiting)
         could_retime = self._can_retime
         try:
@@ -151,7 +159,7 @@ class FamilyTable:
             self._keep(key, Ranges())
         for key, now in ranges.items():
             self._keep(key, now)
-        self._counts, self._frame = counts, frame
+        self._counts, self._maps = counts, maps
         was_adopted, self._is_adopted = self._is_adopted, True
         if could_retime and not self._can_retime:
             return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ebpf_svc.dataplane.netfilter.pods import PodMatch
 from ebpf_svc.dataplane.nftables import layout as names
 from ebpf_svc.dataplane.nftables.content import Chained, Content
-from ebpf_svc.dataplane.nftables.layout import Layout, find_verdict, jump, protocol_and_port
+from ebpf_svc.dataplane.nftables.layout import Layout, find_verdict, goto, jump, protocol_and_port
 from ebpf_svc.host import nf_expr as nf
 from ebpf_svc.host.nf_expr import (
     Bitwise,
@@ -24,7 +24,7 @@ from ebpf_svc.host.nf_expr import (
     Reject,
 )
 from ebpf_svc.host.nf_tables import Chain, Rule
-from ebpf_svc.model.net import family_of
+from ebpf_svc.model.net import Family, Protocol, family_of
 
 _JUMPS = {
     "filter-prerouting-pre-dnat": (names.FIREWALL_CHECK,),
@@ -37,6 +37,7 @@ _JUMPS = {
     "nat-postrouting": (names.MASQUERADING,),
 }
 """X4; those of type filter are for new connections only."""
+_FIRST = "filter-prerouting-pre-dnat"
 _ALL_BITS = 0xFFFFFFFF
 _DEVICE_BYTES = 16
 POD_TRAFFIC = "short-circuit pod traffic"
@@ -48,7 +49,8 @@ def frame(
     mark: int,
     pods: PodMatch | None,
     masquerade_all: bool,
-    service_cidrs: Iterable[str],
+    service_cidrs: Iterable[str] = (),
+    localhost: bool = False,
 ) -> Content:
     """The sets, and all chains that are not a service port's.
 
@@ -58,6 +60,7 @@ def frame(
         pods: how a pod is told; None = it cannot be.
         masquerade_all: masquerade all that goes to cluster IPs (D3).
         service_cidrs: where cluster IPs come from; what goes there and is none is dropped (X13).
+        localhost: node ports may be on 127.0.0.1.
     """
     content = Content()
     for one in layout.sets():
@@ -69,6 +72,8 @@ def frame(
     for name, hook in names.BASE_CHAINS.items():
         match = () if hook.type == names.NAT else is_new
         jumps = tuple(Rule((*match, Immediate(jump(to)))) for to in _JUMPS[name])
+        if localhost and name == _FIRST and layout.family is Family.V4:
+            jumps = (*_guard_loopback(layout), *jumps)
         content.chains[name] = Chained(Chain(name, hook=hook), jumps)
     return content
 
@@ -114,13 +119,20 @@ def _inner_chains(
         (Rule(find_verdict(names.NO_ENDPOINT_NODEPORTS, *to_node_port)),),
     )
     yield names.FIREWALL_CHECK, (Rule(find_verdict(names.FIREWALL_IPS, *to_service)),)
-    reject = Reject(layout.reject_code)
-    yield names.REJECT, (Rule((reject,)),)
+    # A reset is no ICMP error, of which the kernel sends a peer but one a second.
+    is_tcp = (Meta(nf.META_L4PROTO), Cmp(bytes((Protocol.TCP.number,))))
+    yield (
+        names.REJECT,
+        (Rule((*is_tcp, Reject(None, nf.TCP_RESET))), Rule((Reject(layout.reject_code),))),
+    )
     yield (
         names.CLUSTER_IPS_CHECK,
         (
             Rule(
-                (layout.destination(), Lookup(names.CLUSTER_IPS), reject),
+                (
+                    *(layout.destination(), Lookup(names.CLUSTER_IPS)),
+                    Immediate(goto(names.REJECT)),
+                ),
                 "Reject traffic to invalid ports of ClusterIPs",
             ),
             *(
@@ -159,6 +171,17 @@ def _masquerading(layout: Layout, mark: int) -> tuple[Rule, ...]:
         ),
         Rule((*is_hairpin, Masquerade()), "masquerade hairpin traffic"),
     )
+
+
+def _guard_loopback(layout: Layout) -> Iterator[Rule]:
+    """With route_localnet the kernel no longer minds loopback addresses from elsewhere; we do.
+
+    What answers a node port on 127.0.0.1 has no such address before it is translated back.
+    """
+    elsewhere = (Meta(nf.META_IIFNAME), Cmp(b"lo".ljust(_DEVICE_BYTES, b"\0"), nf.NOT_EQUAL))
+    for offset in (layout.source_at, layout.destination_at):
+        match = match_prefix(layout, offset, "127.0.0.0/8")
+        yield Rule((*elsewhere, *match, Immediate(names.DROP)), "loopback is the node's own")
 
 
 def match_pods(layout: Layout, pods: PodMatch, *, invert: bool = False) -> tuple[Expression, ...]:

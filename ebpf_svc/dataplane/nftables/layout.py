@@ -1,7 +1,7 @@
 """What differs between the two tables, and what every packet is asked for there. Pure.
 
 Names of chains, sets and maps are kube-proxy's (X2-X6): whoever reads the table knows them, and
-kube-proxy finds its own. `service-endpoints` alone is ours; see decision 0009.
+kube-proxy finds its own. The maps `service-endpoints-N` alone are ours; see decision 0009.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ HAIRPIN = "hairpin-connections"
 SERVICE_IPS, SERVICE_NODEPORTS = "service-ips", "service-nodeports"
 NO_ENDPOINT_SERVICES, NO_ENDPOINT_NODEPORTS = "no-endpoint-services", "no-endpoint-nodeports"
 FIREWALL_IPS = "firewall-ips"
-SERVICE_ENDPOINTS = "service-endpoints"
+SERVICE_ENDPOINTS = "service-endpoints-"
+"""A map's number follows."""
 
 SERVICES, FIREWALL_CHECK = "services", "firewall-check"
 NODEPORT_CHECK, SERVICE_CHECK = "nodeport-endpoints-check", "service-endpoints-check"
@@ -63,7 +64,7 @@ BASE_CHAINS = {
 """X3."""
 
 INDEX = struct.Struct("=I")
-"""A key of `service-endpoints` and of vmaps that numgen looks into."""
+"""A number of an endpoint."""
 _PORT = struct.Struct(">H")
 _EXPR_PAYLOAD, _EXPR_CONCAT, _EXPR_NUMGEN = 7, 13, 23
 _DESC_TH, _DESC_IP, _DESC_IP6 = 11, 12, 13
@@ -97,7 +98,7 @@ class Layout:
         return socket.inet_ntop(_AF[self.family], data[: self.address.length])
 
     def end(self, address: str, port: int) -> bytes:
-        """A value of `service-endpoints`."""
+        """An endpoint as the value of a map."""
         return self.pack(address) + _PORT.pack(port) + b"\0\0"
 
     def unpack_end(self, data: bytes) -> tuple[str, int]:
@@ -118,7 +119,7 @@ class Layout:
         return (self.destination(), *protocol_and_port(at))
 
     def sets(self) -> tuple[Set, ...]:
-        """Every set and map but those of affinity (X5, X6)."""
+        """Every set and map but those of affinity and endpoints (X5, X6)."""
         address = self.address
         end = (address, INET_PROTO, INET_SERVICE)
         node_port = (INET_PROTO, INET_SERVICE)
@@ -136,18 +137,26 @@ class Layout:
                     (FIREWALL_IPS, end, "Destinations with LoadBalancerSourceRanges"),
                 )
             ),
-            Set(
-                SERVICE_ENDPOINTS,
-                (INTEGER,),
-                (address, INET_SERVICE),
-                MAP,
-                comment="Endpoints by the numbers that rules choose from",
-                typeof=self.typeof_endpoints,
-            ),
+        )
+
+    def endpoints_map(self, name: str) -> Set:
+        """A map from numbers to endpoints."""
+        return Set(
+            name,
+            (INTEGER,),
+            (self.address, INET_SERVICE),
+            MAP,
+            comment="Endpoints by the numbers that rules choose from",
+            typeof=self.typeof_endpoints,
         )
 
     def _load(self, offset: int, register: int) -> Payload:
         return Payload(nf.NETWORK_HEADER, offset, self.address.length, register)
+
+
+def endpoints_map_name(shard: int) -> str:
+    """The name of a map from numbers to endpoints."""
+    return f"{SERVICE_ENDPOINTS}{shard}"
 
 
 def end_key(address: bytes, protocol: int, port: int) -> bytes:

@@ -18,7 +18,7 @@ from ebpf_svc.dataplane.nftables.compare import Whole, compare
 from ebpf_svc.dataplane.nftables.content import steps
 from ebpf_svc.dataplane.nftables.frame import frame
 from ebpf_svc.dataplane.nftables.layout import Layout
-from ebpf_svc.dataplane.nftables.render import Ranges, cluster_ends, local_ends, render
+from ebpf_svc.dataplane.nftables.render import Ranges, cluster_ends, local_ends, maps_of, render
 from ebpf_svc.dataplane.nftables.slots import Slots
 from ebpf_svc.host.netlink import attributes
 from ebpf_svc.host.nf_expr import decode_name
@@ -81,6 +81,8 @@ def _requests(layout: Layout) -> list[Request]:
         plan = _plan(layout.family, affinity_s)
         ranges = Ranges(slots.fit(None, cluster_ends(plan)), slots.fit(None, local_ends(plan)))
         whole.include(render(plan, layout, ranges=ranges, pods=pods), plan.key)
+        for name in maps_of([ranges]):
+            whole.sets[name] = (layout.endpoints_map(name), None)
     change, _ = compare(None, whole, can_retime=True)
     made = [request for step in steps(layout.table, change) for request, _ in step]
     return [*made, layout.table.remove()]

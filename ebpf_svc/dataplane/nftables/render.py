@@ -68,6 +68,12 @@ class Ranges(NamedTuple):
     local: Range | None = None
 
 
+def maps_of(ranges: Iterable[Ranges]) -> set[str]:
+    """The maps of endpoints they need."""
+    shards = {one.shard for both in ranges for one in both if one is not None}
+    return set(map(names.endpoints_map_name, shards))
+
+
 def cluster_ends(plan: ServicePlan) -> tuple[End, ...]:
     """The Cluster list (T2)."""
     return _ends(backend for backend in plan.backends if backend.in_cluster)
@@ -88,16 +94,14 @@ def is_served(plan: ServicePlan, frontend: Frontend) -> bool:
     )
 
 
-def is_loopback(frontend: Frontend) -> bool:
-    """Whether it is a node port on the loopback device, which this mode does not serve (X14).
+def is_unserved(frontend: Frontend) -> bool:
+    """Whether it is a node port on ::1: no packet with that source leaves the loopback device."""
+    return frontend.kind is FrontendKind.NODE_PORT and frontend.key.address == "::1"
 
-    What a process sends there has a loopback source, which no other device takes unless
-    route_localnet is set; that opens the node's own loopback services to its neighbours (I6).
-    """
-    if frontend.kind is not FrontendKind.NODE_PORT:
-        return False
-    address = frontend.key.address
-    return address == "::1" or address.startswith("127.")
+
+def is_on_loopback(frontend: Frontend) -> bool:
+    """Whether it is a node port on 127.0.0.1, which needs route_localnet (S7)."""
+    return frontend.kind is FrontendKind.NODE_PORT and frontend.key.address.startswith("127.")
 
 
 def render(plan: ServicePlan, layout: Layout, *, ranges: Ranges, pods: PodMatch | None) -> Content:
@@ -146,7 +150,7 @@ class _Rendering:
                 self._chain(chain, (self._balance(numbers),))
                 for number, end in enumerate(numbers.ends, start=numbers.start):
                     self.content.put(
-                        names.SERVICE_ENDPOINTS,
+                        names.endpoints_map_name(numbers.shard),
                         Element(INDEX.pack(number), self._layout.end(*end)),
                     )
         if self._plan.affinity_s:
@@ -159,7 +163,7 @@ class _Rendering:
             (
                 *self._is_protocol(),
                 Numgen(len(numbers.ends), offset=numbers.start),
-                Lookup(names.SERVICE_ENDPOINTS, register=1),
+                Lookup(names.endpoints_map_name(numbers.shard), register=1),
                 _translate(layout, layout.port_register),
             )
         )
@@ -227,7 +231,7 @@ class _Rendering:
     def _frontends(self) -> None:
         external: set[tuple[Sources, Sources]] = set()
         for frontend in self._plan.frontends:
-            if is_loopback(frontend):
+            if is_unserved(frontend):
                 continue
             if frontend.kind is FrontendKind.CLUSTER_IP:
                 self.content.share(names.CLUSTER_IPS, self._layout.pack(frontend.key.address))

@@ -1,4 +1,4 @@
-"""Numbers of `service-endpoints`: which belong to whom, and which endpoint has which. Pure.
+"""Numbers of endpoints: which belong to whom, and which endpoint has which. Pure.
 
 A list of endpoints owns a range of numbers. An endpoint keeps its number as long as it can, so that
 one that comes for one that goes is one element, whatever the size of the list.
@@ -12,6 +12,11 @@ from typing import NamedTuple
 End = tuple[str, int]
 """An endpoint's address and port."""
 _LEAST = 4
+SHARD = 4096
+"""Numbers whose endpoints share a map. The kernel's work for one element grows with the rules that
+look into its map, and for one such rule with the map's elements: 0.2 s for 100,000 endpoints of
+10,000 services, where a single map takes 15 s.
+"""
 
 
 class Range(NamedTuple):
@@ -21,6 +26,11 @@ class Range(NamedTuple):
     capacity: int
     ends: tuple[End, ...]
     """The first has number `start`, and so on."""
+
+    @property
+    def shard(self) -> int:
+        """The number of its map."""
+        return self.start // SHARD
 
 
 class Slots:
@@ -46,7 +56,10 @@ class Slots:
         free = self._free.get(capacity)
         if free:
             return Range(free.pop(), capacity, ends)
-        start, self._next = self._next, self._next + capacity
+        start = self._next
+        if start % SHARD + capacity > SHARD:
+            start += -start % SHARD
+        self._next = start + capacity
         return Range(start, capacity, ends)
 
     def give_back(self, unused: Range) -> None:

@@ -15,8 +15,8 @@ from ebpf_svc.dataplane.nftables.layout import INDEX, Layout, unpack_port
 from ebpf_svc.dataplane.nftables.render import (
     KIND_WORDS,
     collapsed,
-    is_loopback,
     is_served,
+    is_unserved,
 )
 from ebpf_svc.dataplane.nftables.slots import End
 from ebpf_svc.host import nf_expr as nf
@@ -41,15 +41,15 @@ _KINDS = {words: kind for kind, words in KIND_WORDS.items()}
 def view(desired: DesiredState) -> Views:
     """What `read` finds once a state is written.
 
-    Left out are node ports on loopback, draining backends, and of frontends that refuse or drop
-    everything how they would treat whom.
+    Left out are node ports on ::1, draining backends, and of frontends that refuse or drop all how
+    they would treat whom.
     """
     views: Views = {}
     for plan in desired.plans.values():
         backends = tuple(each for each in plan.backends if each.in_cluster or each.in_local)
         affinity_s = plan.affinity_s if backends else 0
         for frontend in plan.frontends:
-            if is_loopback(frontend):
+            if is_unserved(frontend):
                 continue
             kept = replace(frontend, source_ranges=_canonical(frontend.source_ranges))
             if not is_served(plan, frontend):
@@ -175,10 +175,10 @@ class _Reading:
     def _ends(self, chain: str) -> tuple[frozenset[End], int]:
         """The endpoints a chain chooses from, and its affinity in seconds."""
         rules = self._held.rules.get(chain, ())
-        numbers = balanced(rules)
-        if numbers is not None:
-            elements: Mapping[bytes, Element] = self._held.elements[names.SERVICE_ENDPOINTS]
-            values = (elements[INDEX.pack(each)].value for each in numbers)
+        balance = balanced(rules)
+        if balance is not None:
+            elements: Mapping[bytes, Element] = self._held.elements[balance[0]]
+            values = (elements[key].value for key in map(INDEX.pack, balance[1]) if key in elements)
             ends = (self._layout.unpack_end(each) for each in values if isinstance(each, bytes))
             return frozenset(ends), 0
         found, affinity_s = set(), 0
