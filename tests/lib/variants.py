@@ -27,6 +27,7 @@ VARIANTS = {
         Variant("ebpf-host-only", "ebpf", {"socket_lb": SocketLB.HOST_ONLY}),
         # And go past the stack where they can.
         Variant("ebpf-fast", "ebpf", {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True}),
+        Variant("nftables", "nftables"),
         Variant("iptables", "iptables"),
         Variant("userspace", "userspace"),
     )
