@@ -47,6 +47,20 @@ def delete_flows(touched: Iterable[Element], wanted: Elements) -> tuple[Reconcil
     return tuple(done)
 
 
+def delete_relayed(families: Iterable[Family]) -> None:
+    """Delete every flow that leads to a door: another dataplane serves, and takes it from here."""
+    for family in families:
+        try:
+            doomed = conntrack_table.entries(family, Protocol.UDP, _comes_from_a_door)
+            conntrack_table.delete(family, doomed)
+        except DataplaneError as error:
+            log.warning("conntrack.unread", family=family.label, error=str(error))
+
+
+def _comes_from_a_door(_: End, answers_from: End) -> bool:
+    return answers_from[0] in RELAY.values()
+
+
 def _frontends(touched: Iterable[Element]) -> dict[Family, set[End]]:
     """UDP frontends among elements of the maps, by family."""
     found: dict[Family, set[End]] = {}

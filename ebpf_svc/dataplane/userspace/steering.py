@@ -161,6 +161,7 @@ class NetfilterSteering:
             names = rules.containers(self._pods)
             lines = [f"flush {text.split()[0]} {TABLE} {name}\n" for name, text in names.items()]
             run(["nft", "-f", "-"], input="".join(lines))
+            stale.delete_relayed(self._pods)
         self._held = {}
 
     def close(self) -> None:
