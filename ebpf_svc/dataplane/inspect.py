@@ -205,3 +205,11 @@ class ShowsEvents(Protocol):
         Raises:
             UnsupportedHost: nothing serves here, another one listens, or this kernel cannot tell.
         """
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A backend whose rules a kube-proxy of the same mode takes for its own."""
+
+    def hand_over(self) -> None:
+        """Leave our rules as they are, without the sign that they are ours; needs no `open()`."""

@@ -84,7 +84,7 @@ def running(own_pid: int | None = None) -> tuple[Sign, ...]:
     if not holders:
         # No process to be seen, as from a container of its own: ask for the mode, which we never
         # call by kube-proxy's words.
-        mode = _proxy_mode()
+        mode = mode_of_running()
         if mode in MODES:
             signs.append(Sign(name, f"answered by a kube-proxy in mode {mode}"))
         elif not mode and own_pid is None:
@@ -101,8 +101,8 @@ def answers(port: int) -> bool:
     return isinstance(said, dict) and {"lastUpdated", "currentTime"} <= said.keys()
 
 
-def _proxy_mode() -> str:
-    """What the metrics port calls its mode; empty when nobody answers."""
+def mode_of_running() -> str:
+    """What the metrics port calls its mode (HS7); empty when nobody answers."""
     said = _get(METRICS_PORT, "/proxyMode").strip()
     return said if said.isidentifier() else ""
 

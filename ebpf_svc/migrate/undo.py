@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from ebpf_svc.config import Settings, SocketLB
 from ebpf_svc.dataplane.base import Dataplane
-from ebpf_svc.dataplane.inspect import ShowsFlows
-from ebpf_svc.host.kubeproxy import Sign
+from ebpf_svc.dataplane.inspect import HandsOver, ShowsFlows
+from ebpf_svc.host.kubeproxy import Sign, mode_of_running
 from ebpf_svc.host.lock import DirectoryLock
 from ebpf_svc.migrate.agent import is_running
 from ebpf_svc.migrate.inventory import Inventory
@@ -54,6 +54,8 @@ def obstacles(
             BRING_BACK,
             forcible=True,
         )
+    if not found.served and _taken_in_place(settings):
+        return
     if not found.served:
         yield Obstacle(
             "kube-proxy has written no rules yet: services would stop",
@@ -85,9 +87,13 @@ def give_back(settings: Settings, *, drain_s: float, force: bool, say: Say) -> i
         UnsupportedHost: an agent runs.
         DataplaneError: something could not be written or removed.
     """
-    mode = str((read_json(settings.run_dir / STATUS) or {}).get("mode", "ebpf"))
-    dataplane = make_dataplane(mode, _without_hooks(settings))
+    dataplane = make_dataplane(_mode_of_agent(settings), _without_hooks(settings))
     with DirectoryLock(settings.run_dir):
+        if isinstance(dataplane, HandsOver) and _taken_in_place(settings):
+            say("leaving our rules to kube-proxy, whose mode is the same")
+            dataplane.hand_over()
+            _forget(settings)
+            return 0
         say("letting new connections pass to kube-proxy's rules")
         dataplane.open()
         try:
@@ -99,9 +105,27 @@ def give_back(settings: Settings, *, drain_s: float, force: bool, say: Say) -> i
             return left
         say("removing our programs, maps and rules")
         dataplane.cleanup()
-        for name in FILES:
-            (settings.run_dir / name).unlink(missing_ok=True)
+        _forget(settings)
     return 0
+
+
+def _taken_in_place(settings: Settings) -> bool:
+    """Whether the kube-proxy that runs has the mode our agent had, and so the same names.
+
+    It corrects what stands there; were we to remove it, we should remove its own rules.
+    """
+    mode = _mode_of_agent(settings)
+    return mode == mode_of_running() and isinstance(make_dataplane(mode, settings), HandsOver)
+
+
+def _mode_of_agent(settings: Settings) -> str:
+    return str((read_json(settings.run_dir / STATUS) or {}).get("mode", "ebpf"))
+
+
+def _forget(settings: Settings) -> None:
+    """Remove what the agent wrote about itself."""
+    for name in FILES:
+        (settings.run_dir / name).unlink(missing_ok=True)
 
 
 def _without_hooks(settings: Settings) -> Settings:

@@ -28,6 +28,16 @@ from tests.lib.waiting import eventually
 from tests.lib.world import write_manifests
 
 WEB = Web(1)
+IN_PLACE = {
+    "test_connections_live_through_the_switch": ("legacy", "nft"),
+    "test_rules_of_others_stay_word_for_word": ("",),
+    "test_device_and_sets_of_ipvs_mode_go": ("",),
+    "test_running_kube_proxy_is_refused": ("",),
+    "test_agent_and_check_say_beside_whom_they_start": ("legacy", "nft"),
+    "test_what_we_do_not_serve_is_not_taken_away": ("legacy", "nft"),
+    "test_undo_gives_back_without_a_reset": ("legacy", "nft", "nftables"),
+}
+"""Tests -> kube-proxy's modes in which there is nothing for `migrate` to do in iptables mode."""
 EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
 
 
@@ -69,6 +79,14 @@ def site(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[S
         agent.stop()
 
 
+@pytest.fixture(autouse=True)
+def rules_apart(request: pytest.FixtureRequest, dataplane: str) -> None:
+    """Skip what takes for granted that our rules stand beside kube-proxy's."""
+    mode = request.node.callspec.params.get("mode", "")
+    if dataplane == "iptables" and mode in IN_PLACE.get(request.node.originalname, ()):
+        pytest.skip("iptables mode takes kube-proxy's chains over in place, and leaves them there")
+
+
 FAKE = """
 import http.server, time
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -85,15 +103,19 @@ while True:
         time.sleep(0.1)
 """
 """Tries again while our agent has the port, as kube-proxy does (HS8)."""
+FAKE_MODE = FAKE.replace("10256", "10249").replace(
+    """b'{"lastUpdated": "2026-01-01", "currentTime": "2026-01-01"}'""", "b'iptables'"
+)
+"""Says at /proxyMode that it has iptables mode."""
 
 
 @contextmanager
-def kube_proxy_process(site: Site) -> Iterator[None]:
+def kube_proxy_process(site: Site, says: str = FAKE) -> Iterator[None]:
     """A process of that name, which answers where kube-proxy does."""
     program = site.node.folders.root / "kube-proxy"
     if not program.exists():
         program.symlink_to(sys.executable)
-    argv = [str(program), "-E", "-S", "-c", FAKE]
+    argv = [str(program), "-E", "-S", "-c", says]
     with site.node.popen(argv, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -331,3 +353,39 @@ def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
 def _translated(node: Node) -> bool:
     """Whether netfilter has translated a connection from a frontend: kube-proxy's rules act."""
     return f"dst={WEB.cluster.v4} " in node.run(["conntrack", "-L", "-p", "tcp", "--dst-nat"])
+
+
+@pytest.mark.parametrize("mode", ["legacy", "nft"])
+def test_iptables_mode_takes_over_and_gives_back_in_place(
+    site: Site, dataplane: str, mode: str
+) -> None:
+    """The same chains serve before, with and after us; connections and others' chains stay."""
+    if dataplane != "iptables":
+        pytest.skip("other modes have rules of their own beside kube-proxy's")
+    site.kube_proxy(mode)
+    before = kubeproxy.chains(site.node, mode)
+    foreign = {name for name in before if name.split()[-1] in kubeproxy.FOREIGN}
+    with ExitStack() as stack:
+        lasting = Lasting(site, stack)
+        site.agent.start()
+        lasting.check()
+        for host in (site.shell, site.node):
+            assert _asked(host, site) == {"web1", "web2"}
+        during = kubeproxy.chains(site.node, mode)
+        assert foreign <= during
+        assert not [name for name in during if "AAAAAAAA" in name]  # stale ones of kube-proxy
+        assert _marked(site, mode)
+        assert site.migrate().startswith("There are no rules")
+        site.agent.stop()
+        with kube_proxy_process(site, FAKE_MODE):
+            eventually(lambda: ":10249 " in site.node.run(["ss", "-Hltn"]))
+            assert "Nothing of ours" in site.migrate("--undo")
+        assert not _marked(site, mode)
+        after = kubeproxy.chains(site.node, mode)
+        assert after == {name for name in during if "EBPF-SVC" not in name}
+        lasting.check()
+        assert _asked(site.shell, site) == {"web1", "web2"}
+
+
+def _marked(site: Site, mode: str) -> bool:
+    return ":EBPF-SVC " in site.node.run([f"iptables-{mode}-save", "-t", "nat"])

@@ -20,6 +20,7 @@ from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
 from ebpf_svc.host import sysctl
 from ebpf_svc.host.iptables import Variant
+from ebpf_svc.host.kubeproxy import MARKER
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import (
     DesiredState,
@@ -185,6 +186,12 @@ class IptablesDataplane:
     def retire(self) -> bool:
         """Nothing depends on us: connections are translated by their conntrack entries."""
         return True
+
+    def hand_over(self) -> None:
+        """Make our rules a kube-proxy's: its first full sync takes them over in place."""
+        self.close()
+        for variant in list(backend.written_by_us(tuple(Family))):
+            variant.restore(f"*nat\n:{MARKER} - [0:0]\n-X {MARKER}\nCOMMIT\n")
 
     def close(self) -> None:
         """Stop working; rules stay (Z2)."""
