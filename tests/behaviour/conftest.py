@@ -35,3 +35,10 @@ def publish(world: World) -> Iterator[Publish]:
     yield make
     world.heal()
     world.withdraw(*published)
+
+
+@pytest.fixture
+def programs(dataplane: str) -> None:
+    """For tests of what only the eBPF dataplane puts into the kernel."""
+    if dataplane != "ebpf":
+        pytest.skip(f"{dataplane} mode has no programs, no maps and no table `inet ebpf-svc`")

@@ -19,6 +19,7 @@ from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Node
 from ebpf_svc.testbed.traffic import Outcome, Probe, ask_all, connection, load, serve
+from tests.lib import netfilter
 from tests.lib.manifests import Web, node_manifests
 from tests.lib.waiting import eventually, wait_out
 
@@ -34,6 +35,7 @@ class Site:
         (self.node,) = cluster.nodes
         self.cluster, self.mode = cluster, mode
         self.web1, self.web2 = self.node.add_pod("web1"), self.node.add_pod("web2")
+        netfilter.suit(self.node, mode)
         self.server = MockApiServer(make_socket=partial(_socket_of, self.node)).start()
         (self.node_object,) = node_manifests([self.node])
         self.node_object["spec"] = {"podCIDRs": list(pod_cidrs(self.node.number))}

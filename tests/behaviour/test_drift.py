@@ -26,6 +26,7 @@ def _ask_cluster_ip(world: World, web: Web) -> Answer:
     return ask(world.sandbox1, web.cluster.v4, 80, timeout_s=0.2)[0]
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("side", ["ingress", "egress"])
 def test_deleted_filter_comes_back_at_once(world: World, publish: Publish, side: str) -> None:
     """A CNI or an admin deletes a filter: netlink tells, and it is there again."""
@@ -38,6 +39,7 @@ def test_deleted_filter_comes_back_at_once(world: World, publish: Publish, side:
     assert _ask_cluster_ip(world, web).ok
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("where", ["pod", "nic"])
 def test_deleted_clsact_comes_back_at_once(world: World, publish: Publish, where: str) -> None:
     """Deleting the whole qdisc takes every filter along; all return."""
@@ -58,6 +60,7 @@ def _read_back(agent: Agent) -> None:
     agent.send_signal(signal.SIGHUP)
 
 
+@pytest.mark.usefixtures("programs")
 def test_deleted_map_entries_come_back(world: World, publish: Publish) -> None:
     """Whoever empties a map: the next read-back fills it again."""
     web = publish()
@@ -68,6 +71,7 @@ def test_deleted_map_entries_come_back(world: World, publish: Publish) -> None:
     eventually(lambda: _ask_cluster_ip(world, web).ok, within_s=AT_ONCE_S)
 
 
+@pytest.mark.usefixtures("programs")
 def test_deleted_rules_come_back(world: World, publish: Publish) -> None:
     """Flushing the firewall takes the masquerade rule along; it returns."""
     web = publish([world.web3])

@@ -24,6 +24,7 @@ from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traces import traces
 from ebpf_svc.testbed.traffic import serve
+from tests.lib import netfilter
 from tests.lib.manifests import Endpoint, Web, node_manifests
 from tests.lib.waiting import eventually
 
@@ -44,6 +45,7 @@ class World:
         settings: Mapping[str, Any] | None = None,
         ebpf: Mapping[str, Any] | None = None,
     ) -> None:
+        self.mode = mode
         self.failed = False
         """A test that used this world failed."""
         self.cluster = Cluster.create(pod_network=pod_network, cache_dir=cache_dir)
@@ -57,6 +59,8 @@ class World:
             self.cluster.route_services(node1)
             self.manifests = self.cluster.folder / "manifests"
             self.manifests.mkdir()
+            for node in self.cluster.nodes:
+                netfilter.suit(node, mode)
             self._write("nodes", node_manifests(self.cluster.nodes))
             update = dict(settings or {})
             self._ebpf = dict(ebpf or {})
