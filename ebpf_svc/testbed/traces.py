@@ -7,6 +7,10 @@ import os
 from collections.abc import Iterator, Mapping
 
 from ebpf_svc.host.bpf_prog import AttachType, cgroup_query
+from ebpf_svc.host.dummy import index_of
+from ebpf_svc.host.ipset import Sets
+from ebpf_svc.host.ipvs import real_servers
+from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.testbed.host import Node
 
 SIDES = ("ingress", "egress")
@@ -21,7 +25,18 @@ def traces(node: Node) -> Mapping[str, tuple[str, ...]]:
         "table": tuple(sorted(node.run(["nft", "list", "tables"]).splitlines())),
         "cgroup program": tuple(sorted(_cgroup_programs(node))),
         "pin": tuple(sorted(str(path) for path in node.folders.bpffs.rglob("*"))),
+        **_of_ipvs(node),
     }
+
+
+def _of_ipvs(node: Node) -> Mapping[str, tuple[str, ...]]:
+    """Virtual servers, sets, and the device with services' addresses."""
+    with node.namespace.entered(), Sets() as held:
+        return {
+            "virtual server": tuple(sorted(map(str, real_servers()))),
+            "set": held.names(),
+            "device": (LINK,) if index_of(LINK) else (),
+        }
 
 
 def filters(node: Node, device: str) -> tuple[str, ...]:

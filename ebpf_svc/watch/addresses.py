@@ -2,6 +2,9 @@
 
 A netlink message only says *that* something changed; what is there now is asked for anew. So a
 message that was lost, or two that came in the wrong order, do no harm.
+
+What kube-ipvs0 has are services' addresses, not the node's: node ports do not answer there (V7),
+and its thousands that come and go are no reason to ask.
 """
 
 from __future__ import annotations
@@ -9,16 +12,17 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
+from contextlib import closing
 
 from ebpf_svc.errors import WatchError
+from ebpf_svc.host import dummy, rtnetlink
+from ebpf_svc.host.kubeproxy import LINK
+from ebpf_svc.host.netlink import messages
 from ebpf_svc.log import get_logger
-from ebpf_svc.model.net import canonical_address
 from ebpf_svc.watch.store import Store
 
 log = get_logger(__name__)
@@ -29,14 +33,13 @@ PATIENCE_S = 0.1
 """No change waits longer than this for quiet."""
 RETRY_S = 1.0
 """Pause before the kernel is asked again after it refused."""
-_DUMP_ATTEMPTS = 5
-"""A dump that addresses changed under is asked for again, so often."""
 
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
 _IFA_F_OPTIMISTIC = 0x04
 _IFA_F_DADFAILED = 0x08
 _IFA_F_TENTATIVE = 0x40
+_IFADDRMSG = struct.Struct("=BBBBI")
 
 
 class AddressWatch:
@@ -89,22 +92,28 @@ class AddressWatch:
         while ready := dict(poll.poll(None if timeout_s is None else timeout_s * 1000)):
             if self._stop_read in ready:
                 return False
-            self._drain()
+            if not self._drain() and not ends_s:
+                continue
             ends_s = ends_s or time.monotonic() + PATIENCE_S
             timeout_s = min(QUIET_S, ends_s - time.monotonic())
             if timeout_s <= 0:
                 break
         return True
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Read what came; whether any of it is about the node's own addresses."""
+        services = dummy.index_of(LINK)
+        is_ours = False
         while True:
             try:
-                self._socket.recv(65536)
+                for _, _, _, body in messages(self._socket.recv(65536)):
+                    is_ours |= _IFADDRMSG.unpack_from(body)[-1] != services
             except BlockingIOError:
-                return
+                return is_ours
             except OSError as error:
                 # ENOBUFS: messages were lost, which is just another change.
                 log.debug("addresses.overrun", error=str(error))
+                is_ours = True
 
 
 def local_addresses() -> tuple[str, ...]:
@@ -114,26 +123,18 @@ def local_addresses() -> tuple[str, ...]:
         WatchError: the kernel does not say.
     """
     try:
-        with IPRoute() as netlink:
-            for _ in range(_DUMP_ATTEMPTS):
-                try:
-                    return tuple(sorted(set(_usable(netlink))))
-                except NetlinkDumpInterrupted:
-                    continue
-    except (NetlinkError, OSError) as error:
+        with closing(rtnetlink.Socket()) as link:
+            return tuple(sorted(set(_usable(link))))
+    except OSError as error:
         raise WatchError(f"addresses: {error}") from error
-    raise WatchError("addresses: they change faster than they can be read")
 
 
-def _usable(netlink: IPRoute) -> Iterator[str]:
-    for message in netlink.get_addr():
-        flags = message.get_attr("IFA_FLAGS") or message["flags"]
+def _usable(link: rtnetlink.Socket) -> Iterator[str]:
+    services = dummy.index_of(LINK)
+    for address, index, flags in dummy.addresses(link):
         # Still asking the link whether somebody has it, or knowing that somebody does.
         undecided = flags & _IFA_F_TENTATIVE and not flags & _IFA_F_OPTIMISTIC
-        if undecided or flags & _IFA_F_DADFAILED:
+        if undecided or flags & _IFA_F_DADFAILED or index == services:
             continue
-        # On point-to-point links IFA_ADDRESS is the other end's.
-        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-        address = canonical_address(text)
         if not address.startswith(("fe8", "fe9", "fea", "feb")):
             yield address
