@@ -17,7 +17,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image vm behaviours bench-path bench-packet bench-apply bench-watch clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm behaviours bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -90,6 +90,9 @@ bench-apply: need-root bootstrap ## from a change to the kernel: time, writes, m
 
 bench-watch: need-root bootstrap ## from an API server to the maps: lists, events, memory (root)
 	@.venv/bin/ebpf-svc bench watch $(if $(JSON),--json '$(JSON)') $(ARGS)
+
+bench-maglev: bootstrap ## Maglev tables: time, balance, what a removal moves
+	@.venv/bin/ebpf-svc bench maglev $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 clean: ## remove what builds and tests left in this folder, not .venv
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist test-logs

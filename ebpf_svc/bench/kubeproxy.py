@@ -42,3 +42,13 @@ def beside(mode: str, services: int, endpoints: int, what: str) -> str:
 def _range(ends: list[float]) -> str:
     least, most = ends
     return f"{least:,g}" if least == most else f"{least:,g}-{most:,g}"
+
+
+def figures(services: int, what: str) -> list[tuple[str, float, str]]:
+    """Its modes, the middle of each one's runs, and their range in words."""
+    found = []
+    for mode, sizes in sorted(_data()["modes"].items()):
+        ends = sizes.get(str(services), {}).get(what)
+        if ends:
+            found.append((mode, sum(ends) / 2, _range(ends)))
+    return found

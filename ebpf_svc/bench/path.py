@@ -15,9 +15,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from ebpf_svc.bench import generator, measures, tables
+from ebpf_svc.bench import generator, measures, report, tables
+from ebpf_svc.bench.document import html
 from ebpf_svc.bench.figures import Comparison, Figure
 from ebpf_svc.bench.generator import Outcome, Server
 from ebpf_svc.bench.measures import MEASURES, Measure, Step
@@ -139,8 +141,14 @@ class _Run:
     def _servers(self) -> list[Server]:
         return [server for site in self.sites.values() for server in site.servers]
 
+    def _ways_of(self, measure: Measure) -> list[Way]:
+        """Who takes part: from outside, ways that differ in who asks inside are the same."""
+        if not measure.outside:
+            return list(self.ways)
+        return list({way.place: way for way in reversed(self.ways)}.values())[::-1]
+
     def _takes_s(self, step: Step) -> float:
-        ways = sum(1 for way in self.ways if not (step.measure.outside and way.shares))
+        ways = len(self._ways_of(step.measure))
         return ways * ((self.options.rounds * (self.options.ms + 15)) + _START_MS) / 1000
 
     def _grow(self, services: int) -> None:
@@ -154,7 +162,7 @@ class _Run:
     def _take(self, step: Step) -> Figure:
         """Every variant in turn, so many rounds; the first run of each warms up."""
         measure, figure = step.measure, measures.figure(step)
-        ways = [way for way in self.ways if not (measure.outside and way.shares)]
+        ways = self._ways_of(measure)
         outcomes: dict[str, list[Outcome]] = {way.name: [] for way in ways}
         for way in ways:
             self._run_once(way, step, _START_MS)
@@ -172,11 +180,10 @@ class _Run:
         site, measure = self.sites[way.place], step.measure
         host = site.asker("outside" if measure.outside else way.asker)
         order = measure.order(step.backends, direct=way.mode is None)
+        cpu_ns = partial(site.cpu_ns, with_agent=way.relays)
         _set_offload(host, measure)
         try:
-            seen = generator.run(
-                host, self.binary, order, ms=ms, cpu=_cpu(), others_cpu_ns=site.cpu_ns
-            )
+            seen = generator.run(host, self.binary, order, ms=ms, cpu=_cpu(), others_cpu_ns=cpu_ns)
         except EbpfSvcError as error:
             error.add_note(f"variant {way.name}, {measure.title}, {step.services:,} services")
             raise
@@ -254,6 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(tables.comparison(comparison)))
     if given.json is not None:
         comparison.write(given.json)
+    if given.html is not None:
+        document = list(report.blocks([("path", asdict(comparison))]))
+        given.html.write_text(html(document, title="ebpf-svc: data path"))
     return 0
 
 
@@ -262,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     names = [way.name for way in WAYS]
     keys = [measure.key for measure in MEASURES]
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="write a report with plots there")
     parser.add_argument("--short", action="store_true", help="less of all, in under a minute")
     parser.add_argument("--services", type=int, nargs="+", metavar="N")
     parser.add_argument("--endpoints", type=int, default=ENDPOINTS, metavar="N")

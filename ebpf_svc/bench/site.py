@@ -107,10 +107,10 @@ class Site:
         hosts = {"pod": self.shell, "sandbox": self.sandbox, "outside": self.cluster.client}
         return hosts[kind]
 
-    def cpu_ns(self) -> int:
-        """CPU time of servers and agent so far."""
+    def cpu_ns(self, *, with_agent: bool) -> int:
+        """CPU time of the servers so far; of the agent too, where it relays."""
         total = sum(server.cpu_ns() for server in self.servers)
-        return total + (cpu_ns_of(self._agent_pid) if self._agent_pid else 0)
+        return total + (cpu_ns_of(self._agent_pid) if with_agent else 0)
 
     @property
     def has_agent(self) -> bool:

@@ -54,7 +54,7 @@ def comparison(comparison: Comparison) -> Iterator[str]:
         head = ("", "median", "spread", "/ direct", f"/ {peer}" if peer else "")
         details = [name for name in ("p50_us", "p99_us", "p999_us", "cpu_us")
                    if any(name in each for each in figure.details.values())]  # fmt: skip
-        rows = [(*head, *(_DETAILS[name] for name in details))]
+        rows = [(*head, *(DETAILS[name] for name in details))]
         for variant in comparison.measured:
             if variant.name in figure.samples:
                 rows.append(_row(figure, variant.name, variant.title, peer, details))
@@ -66,12 +66,13 @@ def comparison(comparison: Comparison) -> Iterator[str]:
     yield from comparison.notes
 
 
-_DETAILS = {
+DETAILS = {
     "p50_us": "p50 µs",
     "p99_us": "p99 µs",
     "p999_us": "p99.9 µs",
     "cpu_us": "CPU µs each",
 }
+"""What else is told of a figure, and how it is called."""
 
 
 def _row(

@@ -31,14 +31,14 @@ class Way:
     """Without an agent: let the kernel track connections all the same."""
 
     @property
+    def relays(self) -> bool:
+        """The agent itself carries the traffic: its CPU time is part of the way."""
+        return self.mode == "userspace"
+
+    @property
     def place(self) -> str:
         """The site's name."""
         return self.site or self.name
-
-    @property
-    def shares(self) -> bool:
-        """Another way of the same site stands for it where who asks makes no difference."""
-        return bool(self.site) and self.site != self.name
 
 
 WAYS = (
@@ -46,11 +46,13 @@ WAYS = (
     Way("conntrack", "direct, connection tracking on", None, tracked=True),
     Way("ebpf", "eBPF, socket hooks", "ebpf"),
     Way("ebpf-tc", "eBPF, tc only", "ebpf", asker="sandbox", site="ebpf"),
+    Way("ebpf-fast", "eBPF, tc, fast path", "ebpf", asker="sandbox",
+        update={"ebpf": {"fast_path": True}}),
     Way("nftables", "nftables", "nftables"),
     Way("iptables", "iptables", "iptables"),
     Way("ipvs", "ipvs", "ipvs"),
     Way("userspace", "userspace", "userspace"),
-)
+)  # fmt: skip
 DEFAULT = tuple(way.name for way in WAYS if way.name != "userspace")
 
 

@@ -1,0 +1,93 @@
+"""What the data path shall reach, held against a run. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ebpf_svc.bench.figures import Comparison, Figure
+from ebpf_svc.bench.plots import relative_rounds
+
+BACKENDS = 10
+FLAT_WITHIN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One sentence, what was measured for it, and whether it holds."""
+
+    sentence: str
+    measured: str
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Least:
+    """The least speed beside direct that a variant shall have in a measure."""
+
+    variant: str
+    key: str
+    speed: float
+    sentence: str
+
+
+_LEAST = (
+    _Least("ebpf", "connect", 1.0, "socket hooks: TCP connections as fast as direct"),
+    _Least("ebpf", "udp", 1.0, "socket hooks: UDP round trip as fast as direct"),
+    _Least("ebpf", "bulk", 1.0, "socket hooks: TCP throughput of direct"),
+    _Least("ebpf-tc", "connect", 0.95, "tc with the kernel's forwarding: TCP connections"),
+    _Least("ebpf-fast", "connect", 1.0, "fast path: TCP connections as fast as direct"),
+    _Least("ebpf-fast", "udp", 1.0, "fast path: UDP round trip as fast as direct"),
+    _Least("ebpf-fast", "bulk", 1.0, "fast path: TCP throughput of direct"),
+    _Least("ebpf-fast", "bulk-mtu", 1.15, "fast path: throughput with packets of MTU size"),
+    _Least("ebpf-fast", "nodeport-near", 1.0, "fast path: node port, backend on the node"),
+    _Least("ebpf-fast", "nodeport-far", 0.9, "fast path: node port, backend on another node"),
+)
+
+
+def of_comparison(comparison: Comparison) -> Iterator[Goal]:
+    """Every goal this run has figures for."""
+    at = comparison.parameters["full_at"]
+    for least in _LEAST:
+        figure = _figure(comparison, least.key, at)
+        if figure is not None and least.variant in figure.samples:
+            speed = statistics.median(relative_rounds(figure, least.variant))
+            sentence = f"{least.sentence}: at least {least.speed:.2f}"
+            # A speed is told with two digits, and judged as it is told.
+            yield Goal(sentence, f"{speed:.2f}", round(speed, 2) >= least.speed)
+    for name in ("ebpf", "ebpf-tc", "ebpf-fast"):
+        goal = _flat(comparison, name)
+        if goal is not None:
+            yield goal
+
+
+def _figure(comparison: Comparison, key: str, services: int) -> Figure | None:
+    return next(
+        (
+            figure
+            for figure in comparison.figures
+            if figure.key == key
+            and figure.services == services
+            and (figure.backends == BACKENDS or key.startswith("nodeport"))
+        ),
+        None,
+    )
+
+
+def _flat(comparison: Comparison, name: str) -> Goal | None:
+    """Whether the number of services makes a difference."""
+    speeds = {
+        figure.services: statistics.median(relative_rounds(figure, name))
+        for figure in comparison.figures
+        if figure.key == "connect" and figure.backends == BACKENDS and name in figure.samples
+    }
+    if len(speeds) < 2:
+        return None
+    few, many = min(speeds), max(speeds)
+    change = speeds[many] / speeds[few] - 1
+    return Goal(
+        f"{name}: TCP connections with {many:,} services as with {few:,}, within {FLAT_WITHIN:.0%}",
+        f"{change:+.1%}",
+        change >= -FLAT_WITHIN,
+    )
