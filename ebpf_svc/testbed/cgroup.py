@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ebpf_svc.errors import UnsupportedHost
@@ -23,12 +26,13 @@ def cgroup2_root() -> Path:
 
 def kill(cgroup: Path) -> None:
     """End every process of a cgroup and of those below it, and wait until they are gone."""
-    try:
-        (cgroup / "cgroup.kill").write_text("1")
-    except FileNotFoundError:
-        return
+    at_once = cgroup / "cgroup.kill"
     deadline = time.monotonic() + KILL_DEADLINE_S
+    if at_once.exists():
+        at_once.write_text("1")
     while _populated(cgroup):
+        if not at_once.exists():  # before Linux 5.14: again, until none has started another
+            _kill_each(cgroup)
         if time.monotonic() > deadline:
             raise TimeoutError(f"processes in {cgroup} do not end")
         time.sleep(0.002)
@@ -42,6 +46,13 @@ def remove(cgroup: Path) -> None:
     for folder in sorted((path for path in cgroup.rglob("*") if path.is_dir()), reverse=True):
         folder.rmdir()
     cgroup.rmdir()
+
+
+def _kill_each(cgroup: Path) -> None:
+    for listed in cgroup.rglob("cgroup.procs"):
+        for pid in listed.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _populated(cgroup: Path) -> bool:
