@@ -32,6 +32,7 @@ from tests.lib.world import write_manifests
 WEB = Web(1)
 PING_S = 0.05
 DRAIN_S = 60.0
+TOLD = 4
 SETTLED = 20
 """Answers of each load that count as traffic."""
 
@@ -207,6 +208,25 @@ class Switch:
         )  # type: ignore[return-value]
 
 
+def _lost(pings: Sequence[tuple[str, Answer]]) -> list[str]:
+    """What went wrong on open connections, the first of it."""
+    return [f"{name}: {answer.outcome} {answer.detail}" for name, answer in pings[:TOLD]]
+
+
+def _failures(loads: Mapping[str, Load]) -> list[str]:
+    """What went wrong with new connections, the first of it; and a load that was none."""
+    found = []
+    for name, one in loads.items():
+        account = one.stop()
+        found += [
+            f"{name}: {each['outcome']} {each['protocol']} {each['address']} at {each['at_s']} s"
+            for each in account.failures[:TOLD]
+        ]
+        if account.ok < SETTLED:
+            found.append(f"{name}: only {account.ok} answers")
+    return found
+
+
 def can_run(mode: str) -> bool:
     return make_dataplane(mode, Settings()).check().ok
 
@@ -237,13 +257,9 @@ def _step(site: Site, before: str, after: str) -> list[str]:
         done = switch.reaches(Step.DONE)
         datagrams.more()
         lost += datagrams.stop()
-        failed = {name: each.stop() for name, each in loads.items()}
-    wrong = [f"{name}: {answer.outcome} {answer.detail}" for name, answer in lost[:5]]
-    wrong += [f"{name}: {one.failures[:3]}" for name, one in failed.items() if one.failed]
+        wrong = [*_lost(lost), *_failures(loads)]
     if done.step is not Step.DONE:
         wrong.append(str(done))
-    if any(one.ok < SETTLED for one in failed.values()):
-        wrong.append(f"too little traffic: {failed}")
     status = site.agent.status()
     if status["mode"] != after:
         wrong.append(f"status says {status['mode']}")
@@ -271,6 +287,11 @@ def test_switch_loses_no_connection_and_leaves_no_trace(cluster: Cluster) -> Non
             print(f"{before} -> {after}: {time.monotonic() - begun:.1f} s")
     wrong += _differences("in the end", clean, site.held())
     assert wrong == []
+
+
+def _ours(held: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Pins of ours; the file system has some of its own."""
+    return [pin for pin in held["pin"] if not pin.endswith(".debug")]
 
 
 def _settled(
@@ -323,10 +344,8 @@ def test_start_in_another_mode_is_a_switch_too(cluster: Cluster, before: str, af
         eventually(
             lambda: _differences("", alone, site.held()), until=lambda two: not two, within_s=20
         )
-        failed = {name: each.stop() for name, each in loads.items()}
         assert agent.status()["mode"] == after
-    assert lost == []
-    assert {name: each.failures for name, each in failed.items() if each.failed} == {}
+        assert [*_lost(lost), *_failures(loads)] == []
 
 
 def test_mode_that_cannot_run_is_told_everywhere(cluster: Cluster) -> None:
@@ -348,7 +367,7 @@ def test_mode_that_cannot_run_is_told_everywhere(cluster: Cluster) -> None:
         assert "ebpf: " in event["note"]
         assert "nowhere" in agent.command("show")
         eventually(
-            site.held, until=lambda held: not held["clsact"] and not held["pin"], within_s=30
+            site.held, until=lambda held: not held["clsact"] and not _ours(held), within_s=30
         )
 
 
@@ -375,7 +394,9 @@ def test_mode_that_cannot_run_is_refused_by_the_switch(cluster: Cluster) -> None
 def test_mode_in_the_settings_changes_while_the_agent_runs(cluster: Cluster) -> None:
     """An edit of the file is a switch; one of something else leaves a mode chosen by hand."""
     site = Site(cluster, OTHER)
-    agent = Agent(site.node, site.agent.settings.model_copy(update={"mode": OTHER}), mode=None)
+    agent = Agent(
+        site.node, site.agent.settings.model_copy(update={"mode": Mode(OTHER)}), mode=None
+    )
 
     def write(**fields: object) -> None:
         agent.config.write_text(json.dumps({**json.loads(agent.config.read_text()), **fields}))
@@ -387,6 +408,5 @@ def test_mode_in_the_settings_changes_while_the_agent_runs(cluster: Cluster) -> 
         agent.command("switch", OTHER, "--drain-s", "0")
         write(resync_period_s=20)
         eventually(lambda: agent.log_tail().count("config.changed"), until=(2).__eq__)
-        failed = {name: each.stop() for name, each in loads.items()}
         assert (agent.status()["mode"], agent.status()["pid"]) == (OTHER, pid)
-    assert {name: each.failures for name, each in failed.items() if each.failed} == {}
+        assert _failures(loads) == []
