@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -47,6 +48,9 @@ from ebpf_svc.host.nf_tables import (
 from ebpf_svc.host.nfnetlink import Socket
 
 _TRIES = 5
+_KIND = 0x3FFF
+_PAIR = struct.Struct("=HHHH")
+"""An attribute's header, and that of the first one inside."""
 _TYPES = {
     each.number: each for each in (INTEGER, IPV4_ADDR, IPV6_ADDR, INET_PROTO, INET_SERVICE, VERDICT)
 }
@@ -209,6 +213,20 @@ def _elements(socket: Socket, table: Table, name: str) -> Iterator[Element]:
 
 
 def _element(body: bytes) -> Element:
+    """An element: those of nothing but key and value, of which there are many, without detours."""
+    if len(body) >= _PAIR.size:
+        length, kind, inner, what = _PAIR.unpack_from(body)
+        if (kind & _KIND, what) == (1, 1):
+            key, at = body[8 : 4 + inner], length + (-length % 4)
+            if at == len(body):
+                return Element(key)
+            length, kind, inner, what = _PAIR.unpack_from(body, at)
+            if (kind & _KIND, what) == (2, 1) and at + length + (-length % 4) == len(body):
+                return Element(key, body[at + 8 : at + 4 + inner])
+    return _any_element(body)
+
+
+def _any_element(body: bytes) -> Element:
     found = attributes(body)
     key = decode_data(found[1]) if 1 in found else b""
     return Element(

@@ -8,7 +8,7 @@ from ebpf_svc.dataplane.netfilter.names import nft_name
 from ebpf_svc.dataplane.nftables import layout as names
 from ebpf_svc.dataplane.nftables.layout import INDEX, Layout, endpoints_map_name
 from ebpf_svc.dataplane.nftables.render import Ranges
-from ebpf_svc.dataplane.nftables.slots import Range, Slots, capacity_for
+from ebpf_svc.dataplane.nftables.slots import LEAST, Range, Slots, capacity_for
 from ebpf_svc.host.netlink import attribute, attributes
 from ebpf_svc.host.nf_dump import Held
 from ebpf_svc.host.nf_expr import Lookup, Numgen, decode_name, encode_name
@@ -24,6 +24,7 @@ def ranges(
     slots = Slots()
     found: dict[PlanKey, Ranges] = {}
     taken: set[int] = set()
+    """Numbers in use, in blocks of the least size."""
     for key in plans:
         name = nft_name(key.port_name)
         found[key] = Ranges(
@@ -32,8 +33,8 @@ def ranges(
                 for prefix in ("service", "local")
             )
         )
-    for number in taken:
-        slots.claim(number, 1)
+    if taken:
+        slots.claim(max(taken))
     return slots, found
 
 
@@ -50,7 +51,7 @@ def _range(held: Held, layout: Layout, rules: tuple[Rule, ...], taken: set[int])
             return None
         ends.append(layout.unpack_end(element.value))
     capacity = capacity_for(len(ends))
-    owned = range(numbers.start, numbers.start + capacity)
+    owned = range(numbers.start // LEAST, (numbers.start + capacity) // LEAST)
     found = Range(numbers.start, capacity, tuple(ends))
     if len(set(ends)) != len(ends) or not taken.isdisjoint(owned):
         return None

@@ -195,15 +195,20 @@ def _compare_elements(
 ) -> None:
     before = held.elements.get(name, {})
     elements = wanted.elements.get(name, {})
+    if not before:
+        if elements:
+            change.put[name] = elements
+            wrong.append(f"{len(elements)} of {name} were missing")
+        return
     counts = dict.fromkeys(("missing", "changed", "foreign"), 0)
-    for key, (element, owner) in elements.items():
+    for key, owned in elements.items():
         last = before.get(key)
-        if last == element:
+        if last == owned[0]:
             continue
         if last is not None:
-            change.remove(name, key, owner)
+            change.remove(name, key, owned[1])
         counts["missing" if last is None else "changed"] += 1
-        change.add(name, element, owner)
+        change.put.setdefault(name, {})[key] = owned
     for key in before.keys() - elements.keys():
         change.remove(name, key)
         counts["foreign"] += 1

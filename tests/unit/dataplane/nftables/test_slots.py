@@ -70,7 +70,7 @@ def test_range_lies_in_one_map() -> None:
 def test_claimed_numbers_are_left_alone() -> None:
     """Those of an earlier run."""
     slots = Slots()
-    slots.claim(40, 8)
+    slots.claim(11)
     found = slots.fit(None, [("a", 1)])
     assert found is not None
     assert found.start == 48
