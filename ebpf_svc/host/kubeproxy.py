@@ -82,10 +82,10 @@ def running(own_pid: int | None = None) -> tuple[Sign, ...]:
         if pid != own_pid and not _OURS.search(command):
             signs.append(Sign(name, f"held by pid {pid}: {command}", pid))
     if not holders:
-        # No process to be seen, as from a container of its own: ask for the mode, which we never
-        # call by kube-proxy's words.
+        # No process to be seen, as from a container of its own: ask for the mode. Ours may be
+        # called by one of kube-proxy's words, but has metrics kube-proxy has not.
         mode = mode_of_running()
-        if mode in MODES:
+        if mode in MODES and "ebpf_svc_" not in _get(METRICS_PORT, "/metrics"):
             signs.append(Sign(name, f"answered by a kube-proxy in mode {mode}"))
         elif not mode and own_pid is None:
             signs.append(Sign(name, "answered as kube-proxy does"))
