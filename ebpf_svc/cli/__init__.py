@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "ebpf_svc.cli.run",
     "show": "ebpf_svc.cli.show",
     "switch": "ebpf_svc.cli.switch",
+    "explain": "ebpf_svc.cli.explain",
     "monitor": "ebpf_svc.cli.monitor",
     "cleanup": "ebpf_svc.cli.cleanup",
     "config": "ebpf_svc.cli.config",
@@ -57,6 +58,7 @@ def cli() -> None:
       ebpf-svc check                        can this machine do it?
       ebpf-svc run --manifests examples/    serve the services of a folder
       ebpf-svc show                         what is served, and by whom
+      ebpf-svc explain outside 10.0.0.1:80  what becomes of a packet, and why
       ebpf-svc monitor                      what opens, ends and is dropped, as it happens
       ebpf-svc cleanup                      remove every trace
     """

@@ -27,6 +27,7 @@ from ebpf_svc.dataplane.ebpf.events import RingEvents
 from ebpf_svc.dataplane.ebpf.fastlinks import FastLinks
 from ebpf_svc.dataplane.ebpf.flows import has_connections
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
+from ebpf_svc.dataplane.ebpf.live import Live
 from ebpf_svc.dataplane.ebpf.programs import PEER_PROGRAMS, SOCKET_PROGRAMS, Programs
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
@@ -221,6 +222,21 @@ class EbpfDataplane:
         except BaseException:
             opened.close()
             raise
+
+    @contextmanager
+    def looking_at(self, family: Family) -> Iterator[tuple[Live, Artifact] | None]:
+        """The maps of one family and what their programs were loaded from, for a trial; None when
+        there are none. Works without `open`, beside a running agent.
+        """
+        settings, artifacts = self._settings.ebpf, self._artifacts()
+        opened = Tables.look(settings, artifacts) if _has_pins(settings) else None
+        if opened is None:
+            yield None
+            return
+        try:
+            yield (Live(family, opened), artifacts[family])
+        finally:
+            opened.close()
 
     def parts(self) -> list[KernelPart]:
         """Every map, filter, hook and rule of ours in this kernel; works without `open`."""

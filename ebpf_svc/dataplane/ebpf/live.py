@@ -1,0 +1,194 @@
+"""Look single things up in the maps of an agent that runs or ran: what one client would meet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ebpf_svc.dataplane.ebpf.codec import Codec, number
+from ebpf_svc.dataplane.ebpf.constants import (
+    NO_BACKEND,
+    SYN_IDLE_S,
+    UDP_IDLE_S,
+    BackendFlag,
+    FlowState,
+    FrontendFlag,
+)
+from ebpf_svc.dataplane.ebpf.entries import FrontendValue
+from ebpf_svc.dataplane.ebpf.layout import wire_port
+from ebpf_svc.dataplane.ebpf.tables import FamilyTables, Tables
+from ebpf_svc.model.desired import FrontendKey
+from ebpf_svc.model.net import Family, Protocol
+
+Entry = tuple[bytes, bytes]
+"""Key and value of a map."""
+End = tuple[str, int]
+"""An address and a port."""
+
+_32_BITS = 0xFFFFFFFF
+_ENDED = FlowState.CLIENT_FIN | FlowState.BACKEND_FIN | FlowState.RESET
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a client's affinity or flow leads to."""
+
+    backend: End
+    idle_s: int
+    counts: bool
+    """False: it is there, and a new connection takes no notice: over, or its endpoint is gone."""
+    entry: Entry
+
+
+class Live:
+    """The maps of one family."""
+
+    def __init__(self, family: Family, tables: Tables) -> None:
+        """Bind to open maps; raises LayoutMismatch."""
+        self.family, self.tables = family, tables
+        self._maps: FamilyTables = tables.family[family]
+        self._codec = Codec(family, self._maps)
+
+    def frontend(self, key: FrontendKey) -> FrontendValue | None:
+        """The value of a frontend, draining ones included."""
+        data = self._maps.frontends.lookup(self._codec.key(key))
+        return None if data is None else self._codec.frontend_value(data)
+
+    def affinity(
+        self, value: FrontendValue, member: BackendFlag, *, client: str = "", netns: int = 0
+    ) -> Remembered | None:
+        """The backend a client stays with; None when nothing is remembered.
+
+        Args:
+            value: of the frontend it calls.
+            member: of which list the backend must be.
+            client: its address, on the packet path.
+            netns: else the cookie of its network namespace, at the socket hooks.
+        """
+        table = self._maps.affinity
+        who = netns.to_bytes(8, sys.byteorder) if netns else self._codec.pton(client)
+        key = table.key.pack(
+            client=who.ljust(16, b"\0"), service=value.service, by_netns=int(bool(netns))
+        )
+        found = table.lookup(key)
+        if found is None:
+            return None
+        entry = table.value.unpack(found)
+        idle_s = _idle_s(entry.seen_s)
+        service, flags = self._backend(entry.backend_id)
+        counts = idle_s <= value.affinity_s and service == value.service and bool(flags & member)
+        return Remembered(self.endpoint(entry.backend_id), idle_s, counts, (key, found))
+
+    def flow(self, value: FrontendValue, frontend: FrontendKey, client: End) -> Remembered | None:
+        """The flow a client's port has to a frontend; None when there is none."""
+        table = self._maps.flows
+        for second in (0, 1):
+            key = table.key.pack(
+                client=self._codec.pton(client[0]),
+                service=value.service,
+                client_port=wire_port(client[1]),
+                proto=frontend.protocol.number,
+                second=second,
+            )
+            found = table.lookup(key)
+            if found is None:
+                continue
+            entry = table.value.unpack(found)
+            at = self._codec.at_raw
+            if at(entry.frontend_addr, entry.frontend_port, entry.frontend_proto) != (
+                self._codec.key(frontend)
+            ):
+                continue
+            idle_s = _idle_s(entry.seen_s)
+            backend = at(entry.backend_addr, entry.backend_port, entry.backend_proto)
+            service, flags = self._backend(entry.backend_id)
+            counts = (
+                not _has_ended(frontend.protocol, entry.state, idle_s)
+                and service == value.service
+                and bool(flags & BackendFlag.SERVING)
+                and self._at(entry.backend_id) == backend
+            )
+            return Remembered(self._codec.endpoint(backend), idle_s, counts, (key, found))
+        return None
+
+    def flows_of(self, client: End) -> Iterator[Entry]:
+        """Every flow of a client's port, whatever the service; walks the whole table."""
+        layout = self._maps.flows.key
+        packed, port = self._codec.pton(client[0]), wire_port(client[1])
+        for key, value in self._maps.flows.items():
+            if key.startswith(packed) and layout.unpack(key).client_port == port:
+                yield key, value
+
+    def maglev(
+        self, value: FrontendValue, slots: tuple[int, int], frontend: FrontendKey, client: End
+    ) -> End | None:
+        """The backend a Maglev table gives a client, computed here as the programs compute it.
+
+        Args:
+            value: of the frontend.
+            slots: first slot and length of the list.
+            frontend: what is called.
+            client: its port counts only without affinity.
+
+        Returns:
+            None where a random number chooses, or the list is empty.
+        """
+        first, count = slots
+        if not value.flags & FrontendFlag.MAGLEV or not count:
+            return None
+        settings = self.tables.settings
+        found = settings.lookup(settings.key.pack(value=0))
+        seed = settings.value.unpack(found).hash_seed if found else 0
+        port = 0 if value.affinity_s else client[1]
+        fraction = _client_hash(seed, self._codec.pton(client[0]), frontend, port)
+        slot = first + (fraction * count >> 32)
+        backend = number(self.tables.slots.read(slot, 1))
+        return None if backend == NO_BACKEND else self.endpoint(backend)
+
+    def endpoint(self, backend: int) -> End:
+        """Address and port of a backend."""
+        return self._codec.endpoint(self._at(backend))
+
+    def _at(self, backend: int) -> bytes:
+        start = backend * self._maps.backends.stride
+        return bytes(self._maps.backends.view()[start : start + self._codec.at_size])
+
+    def _backend(self, backend: int) -> tuple[int, int]:
+        """Service and flags of a backend."""
+        maps = self._maps.backends
+        if not NO_BACKEND < backend < maps.max_entries:
+            return 0, 0
+        service, _, flags = self._codec.backend_words(maps.view(), backend * maps.stride)
+        return service, flags
+
+
+def _idle_s(seen_s: int) -> int:
+    now_s = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000_000
+    difference = now_s - seen_s & _32_BITS
+    return 0 if difference >> 31 else difference
+
+
+def _has_ended(protocol: Protocol, state: int, idle_s: int) -> bool:
+    if protocol is Protocol.UDP:
+        return idle_s > UDP_IDLE_S
+    if state & _ENDED:
+        return True
+    return not state & FlowState.ESTABLISHED and idle_s > SYN_IDLE_S
+
+
+def _client_hash(seed: int, client: bytes, frontend: FrontendKey, client_port: int) -> int:
+    words = [int.from_bytes(client[i : i + 4], sys.byteorder) for i in range(0, len(client), 4)]
+    words.append(wire_port(frontend.port) << 16 | wire_port(client_port))
+    words.append(frontend.protocol.number)
+    value = seed
+    for word in words:
+        value ^= word * 0xCC9E2D51 & _32_BITS
+        value = (value << 13 | value >> 19) & _32_BITS
+        value = value * 5 + 0xE6546B64 & _32_BITS
+    value ^= value >> 16
+    value = value * 0x85EBCA6B & _32_BITS
+    value ^= value >> 13
+    value = value * 0xC2B2AE35 & _32_BITS
+    return value ^ value >> 16

@@ -1,0 +1,140 @@
+"""Run the loaded programs on a packet of ours, without touching a live flow.
+
+The same bytecode is loaded once more: with the live maps for all that the agent writes, and with
+maps of its own for all that the programs write. What one client left in the live ones can be put
+into these, so that it meets what it would meet.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
+from ebpf_svc.dataplane.ebpf.constants import Drop
+from ebpf_svc.dataplane.ebpf.layout import Layout
+from ebpf_svc.dataplane.ebpf.live import Entry, Live
+from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
+from ebpf_svc.dataplane.ebpf.table import HashTable, PerCpuArray
+from ebpf_svc.host import bpf, bpf_prog
+
+WRITTEN_BY_PROGRAMS = (
+    *("flows", "affinity", "fragments", "sockets", "udp_sockets"),
+    *("service_counters", "drops", "monitor", "events"),
+)
+"""Maps a trial has of its own."""
+ENTRIES = 8192
+"""In each of them: clients a trial can send."""
+_SIZES = {"sockets": 0, "service_counters": 1, "drops": len(Drop), "monitor": 1}
+_SK_BUFF_BYTES, _MARK_OFFSET = 192, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a program did with a packet."""
+
+    verdict: int
+    """`TC_ACT_*`."""
+    data: bytes
+    mark: int
+    drop: Drop | None
+    """The reason that was counted."""
+
+
+class Trial:
+    """One family's device programs with maps of their own; `close` gives everything back."""
+
+    def __init__(self, artifact: Artifact, live: Live) -> None:
+        """Make the maps; each program is loaded when it is first run.
+
+        Args:
+            artifact: what the agent's programs were loaded from.
+            live: the agent's maps; they stay open and unchanged.
+
+        Raises:
+            OSError: the kernel refuses, e.g. for want of rights.
+        """
+        self._artifact, self._family = artifact, live.family
+        self._undo = ExitStack()
+        self._programs: dict[str, int] = {}
+        try:
+            self._fds = fds = live.tables.fds(live.family)
+            for name in WRITTEN_BY_PROGRAMS:
+                shape = artifact.maps[name]
+                fds[name] = _create(name, shape)
+                self._undo.callback(os.close, fds[name])
+            self._flows = self._hash(artifact, fds, "flows")
+            self._affinity = self._hash(artifact, fds, "affinity")
+            shape = artifact.maps["drops"]
+            self._drops = PerCpuArray("drops", fds["drops"], *_layouts(shape))
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give programs and maps back to the kernel."""
+        self._undo.close()
+
+    def seed(self, *, flows: Iterable[Entry] = (), affinity: Iterable[Entry] = ()) -> None:
+        """Let the client have what it has in the live maps."""
+        self._flows.update(list(flows))
+        self._affinity.update(list(affinity))
+
+    def tag(self, name: str) -> str:
+        """What the kernel calls the program's code: the same code has the same tag."""
+        return bpf_prog.facts(self._program(name)).tag
+
+    def run(self, name: str, packet: bytes) -> Ran:
+        """Send a packet through a program; for `_l3` programs it starts with its IP header.
+
+        Raises:
+            OSError, VerifierError: the kernel does not take the program, or does not run it.
+        """
+        program = self._program(name)
+        before = self._drops.sums()
+        run = bpf_prog.test_run(program, packet, context=bytes(_SK_BUFF_BYTES))
+        counted = [a - b for a, b in zip(self._drops.sums(), before, strict=True)]
+        drop = next((Drop(index) for index, count in enumerate(counted) if count), None)
+        mark = struct.unpack_from("=I", run.context, _MARK_OFFSET)[0]
+        return Ran(run.retval, run.data, mark, drop)
+
+    def _program(self, name: str) -> int:
+        if name not in self._programs:
+            self._programs[name] = bpf_prog.load(
+                self._artifact.programs[name].relocated(self._fds),
+                program_type=DEVICE_PROGRAMS[name].type,
+                name=DEVICE_PROGRAMS[name].name(self._family),
+            )
+            self._undo.callback(os.close, self._programs[name])
+        return self._programs[name]
+
+    @staticmethod
+    def _hash(artifact: Artifact, fds: dict[str, int], name: str) -> HashTable:
+        return HashTable(name, fds[name], *_layouts(artifact.maps[name]))
+
+
+def _create(name: str, shape: MapShape) -> int:
+    return bpf.map_create(
+        shape.type,
+        key_size=shape.key_size,
+        value_size=shape.value_size,
+        max_entries=_SIZES.get(name, ENTRIES),
+        flags=shape.flags,
+        name=f"try_{name}",
+    )
+
+
+def _layouts(shape: MapShape) -> tuple[Layout, Layout]:
+    return (
+        Layout.from_desc(shape.key_desc, shape.key_size),
+        Layout.from_desc(shape.value_desc, shape.value_size),
+    )

@@ -1,0 +1,271 @@
+"""Put everything together: who calls what, what must become of it, and what the program does."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+
+from ebpf_svc.config import SocketLB
+from ebpf_svc.dataplane.ebpf.artifact import Artifact
+from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
+from ebpf_svc.dataplane.ebpf.devices import DeviceRole
+from ebpf_svc.dataplane.ebpf.filters import NAME_PREFIX
+from ebpf_svc.dataplane.ebpf.live import Live, Remembered
+from ebpf_svc.explain import proof
+from ebpf_svc.explain.client import Client
+from ebpf_svc.explain.endpoints import Row, rows_of
+from ebpf_svc.explain.model import (
+    Call,
+    End,
+    ListName,
+    Memory,
+    Prediction,
+    Verdict,
+    list_for,
+    predict,
+)
+from ebpf_svc.explain.proof import NOTHING, Proof, Prover, Recollection
+from ebpf_svc.explain.scene import Scene
+from ebpf_svc.explain.surroundings import attached
+from ebpf_svc.host import bpf_prog, callers
+from ebpf_svc.host.links import Side
+from ebpf_svc.model.desired import FrontendKey, FrontendView
+from ebpf_svc.model.endpoint import Endpoint
+from ebpf_svc.model.net import Sources, family_of
+from ebpf_svc.model.service import ServiceName
+from ebpf_svc.model.snapshot import NodeFacts
+from ebpf_svc.plan.endpoints import candidates_of
+from ebpf_svc.plan.options import PlanOptions
+from ebpf_svc.plan.place import place_of
+from ebpf_svc.plan.planner import Planner
+
+DEFAULT_PORT = 49_999
+"""The client's port when none was named."""
+LOOPBACK = ("127.0.0.1", "::1")
+_NOWHERE = NodeFacts(name="")
+
+
+@dataclass(slots=True)
+class Explanation:
+    """What there is to say; `words` says it."""
+
+    scene: Scene
+    client: Client
+    call: Call
+    view: FrontendView | None
+    prediction: Prediction
+    planned: FrontendView | None = None
+    """What the plan of this moment has for the frontend; None also when nothing is planned."""
+    is_planned_known: bool = False
+    problems: list[str] = field(default_factory=list)
+    """Conflicts between Services about the frontend."""
+    rows: list[Row] = field(default_factory=list)
+    affinity: Remembered | None = None
+    flow: Remembered | None = None
+    program: str = ""
+    """The C function on the packet's way in; empty when no program is."""
+    loaded_tag: str = ""
+    """Of the program attached where the packet comes in; empty when there is none."""
+    proof: Proof | None = None
+    proof_is_of_packet: bool = False
+    """The trial is of the packet such a client would send if no hook saw its socket."""
+    spread: Counter[End | str] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        """The service port's name; `?` when nobody wrote it down."""
+        named = self.scene.names.get(self.call.frontend)
+        if named is None:
+            return "?"
+        return f"{named.namespace}/{named.name}" + (f":{named.port}" if named.port else "")
+
+    @property
+    def backend(self) -> End | None:
+        """Where it goes, as far as that is certain or the trial chose."""
+        if self.proof is not None and not self.proof_is_of_packet:
+            return self.proof.outcome.backend
+        if self.prediction.chosen is None and self.proof is not None:
+            return self.proof.outcome.backend
+        return self.prediction.chosen
+
+    @property
+    def list_name(self) -> ListName:
+        """The list this client gets."""
+        assert self.view is not None
+        return list_for(self.view, self.call.kind)
+
+
+def explain(
+    scene: Scene,
+    client: Client,
+    frontend: FrontendKey,
+    *,
+    port: int = 0,
+    by_packet: bool = False,
+    spread: int = 0,
+) -> Explanation:
+    """Explain one call.
+
+    Args:
+        scene: what was looked at.
+        client: who calls.
+        frontend: what is called.
+        port: the client's; 0 = any, and flows it has do not count.
+        by_packet: the socket hooks do not see the client, e.g. a sandbox.
+        spread: how many further ports to try, for the distribution.
+
+    Raises:
+        OSError, VerifierError: the kernel does not run the trial.
+    """
+    key = folded(frontend) if client.kind is Sources.NODE else frontend
+    view = scene.views.get(key)
+    is_packet = by_packet and client.kind is not Sources.NODE
+    at_socket = not is_packet and is_at_socket(scene, client, view)
+    address = client.address
+    if not address and not at_socket:
+        address = scene.around.source_to(key.address)
+    call = Call((address, port or DEFAULT_PORT), client.kind, key, at_socket)
+    told = Explanation(scene, client, call, view, Prediction(Verdict.UNTOUCHED))
+    _look_at_plan(told)
+    with ExitStack() as stack:
+        found = None
+        if isinstance(scene.dataplane, EbpfDataplane):
+            found = stack.enter_context(scene.dataplane.looking_at(family_of(key.address)))
+        recollection = _recall(told, call, found, port_matters=bool(port))
+        told.affinity, told.flow = recollection.affinity, recollection.flow
+        told.prediction = _predict(told, call, recollection.memory)
+        if found is not None and client.address and client.kind is not Sources.NODE:
+            _prove(told, *found, port_matters=bool(port), spread=spread)
+    if view is not None:
+        known = scene.known.snapshot
+        place = place_of(known.node if known else _NOWHERE)
+        told.rows = rows_of(view, told.list_name, _candidates(told), place)
+    return told
+
+
+def folded(frontend: FrontendKey) -> FrontendKey:
+    """All of 127.0.0.0/8 is this host; frontends know its first address."""
+    if frontend.address.startswith("127."):
+        return frontend._replace(address=LOOPBACK[0])
+    return frontend
+
+
+def is_at_socket(scene: Scene, client: Client, view: FrontendView | None) -> bool:
+    """Whether a socket hook translates: of pods what needs neither their address nor a masquerade,
+    of the node everything.
+    """
+    how = scene.settings.ebpf.socket_lb
+    if scene.mode != "ebpf" or view is None or how is SocketLB.OFF:
+        return False
+    if client.kind is Sources.NODE:
+        return True
+    frontend = view.frontend
+    return (
+        client.is_pod_here
+        and how is SocketLB.FULL
+        and frontend.key.address not in LOOPBACK
+        and not view.affinity_s
+        and frontend.source_ranges is None
+        and not frontend.masquerade_for & Sources.POD
+    )
+
+
+def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
+    is_node = call.kind is Sources.NODE
+    if told.scene.mode == "ebpf" and is_node and not call.at_socket:
+        return Prediction(Verdict.UNTOUCHED)  # nothing but a hook sees what the node itself sends
+    # The hooks do not know the source yet, so they let every process of the node in.
+    filters = not call.at_socket and bool(call.client[0])
+    return predict(call, told.view, memory, filters=filters)
+
+
+def _recall(
+    told: Explanation, call: Call, found: tuple[Live, Artifact] | None, *, port_matters: bool
+) -> Recollection:
+    if found is None or told.view is None:
+        return NOTHING
+    cookie = callers.own_cookie() if call.kind is Sources.NODE else 0
+    if call.at_socket and not cookie:
+        return NOTHING
+    return proof.recall(
+        found[0], call, told.view, told.list_name, netns=cookie, port_matters=port_matters
+    )
+
+
+def _prove(
+    told: Explanation, live: Live, artifact: Artifact, *, port_matters: bool, spread: int
+) -> None:
+    """Run the program the client's packets meet; where a socket hook comes first, for comparison
+    the one a client without it would meet.
+    """
+    device, settings = told.client.device, told.scene.settings
+    role = device.role if device and device.role else DeviceRole.NODE
+    told.program = role.program(Side.INGRESS)
+    call = replace(told.call, at_socket=False)
+    recollection = _recall(told, call, (live, artifact), port_matters=port_matters)
+    prediction = _predict(told, call, recollection.memory)
+    mark = 1 << settings.masquerade_bit
+    with closing(Prover(artifact, live, told.program, mark=mark)) as prover:
+        told.proof = prover.prove(call, told.view, prediction, recollection.seeds)
+    told.proof_is_of_packet = told.call.at_socket
+    _compare_tags(told, live)
+    if spread:
+        told.spread = proof.spread(
+            *(artifact, live, told.program, call, recollection.seeds), mark=mark, count=spread
+        )
+
+
+def _compare_tags(told: Explanation, live: Live) -> None:
+    """See that the program that was tried is the one that is attached."""
+    device = told.client.device
+    if told.proof is None or device is None or device.role is None or device.is_guess:
+        return
+    name = f"{NAME_PREFIX}{told.program}{int(live.family)}"  # as filters call it
+    program_id = attached(device).get(name)
+    if program_id is None:
+        told.proof.differences.append(f"{name} is not attached to {device.name}: no agent serves")
+        return
+    try:
+        fd = bpf_prog.by_id(program_id)
+    except FileNotFoundError:
+        return
+    try:
+        told.loaded_tag = bpf_prog.facts(fd).tag
+    finally:
+        os.close(fd)
+    if told.loaded_tag != told.proof.tag:
+        told.proof.differences.append(
+            f"{name} on {device.name} is other code than what was tried (tag {told.loaded_tag} "
+            f"instead of {told.proof.tag}): an agent of another version attached it"
+        )
+
+
+def _look_at_plan(told: Explanation) -> None:
+    """What the plan of this moment has for the frontend."""
+    scene = told.scene
+    if scene.known.snapshot is None:
+        return
+    planner = Planner(PlanOptions.from_settings(scene.settings))
+    desired = planner.plan(scene.known.snapshot)
+    told.is_planned_known = True
+    told.problems = [str(each) for each in desired.problems if str(told.call.frontend) in str(each)]
+    told.planned = scene.dataplane.view(desired).get(told.call.frontend)
+
+
+def _candidates(told: Explanation) -> Mapping[End, Endpoint] | None:
+    """The endpoints the API has for the service port."""
+    scene, key = told.scene, told.call.frontend
+    named, snapshot = scene.names.get(key), scene.known.snapshot
+    if named is None or snapshot is None:
+        return None
+    name = ServiceName(named.namespace, named.name)
+    service = snapshot.services.get(name)
+    if service is None:
+        return None
+    for port in service.ports:
+        if port.name == named.port and port.protocol is key.protocol:
+            return candidates_of(snapshot.slices.get(name, ()), family_of(key.address), port)
+    return None

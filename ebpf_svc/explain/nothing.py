@@ -1,0 +1,102 @@
+"""Nothing is served at an address: what is near, and what then becomes of the packet."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping
+
+from ebpf_svc.explain.scene import Scene
+from ebpf_svc.model.desired import FrontendKey, FrontendKind, FrontendView
+from ebpf_svc.model.net import family_of
+from ebpf_svc.status import NamedFrontend
+
+LEFT_ALONE = "The packet is left alone: it is routed as if there were no services."
+_UNKNOWN_PORT = {
+    "nftables": "nftables refuses it: a cluster IP answers on its ports alone (P16).",
+    "ipvs": "ipvs refuses it: a cluster IP answers on its ports alone (P16).",
+}
+_UNALLOCATED = {"nftables": "nftables drops it: it is in the range of cluster IPs (P16)."}
+
+
+def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
+    """Say why there is no frontend at `key`, as far as it shows, and what happens then."""
+    views, names, mode = scene.views, scene.names, scene.mode
+    same = {other: view for other, view in views.items() if other.address == key.address}
+    node_ports = {
+        other
+        for other, view in views.items()
+        if view.frontend.kind is FrontendKind.NODE_PORT
+        and (other.port, other.protocol) == (key.port, key.protocol)
+        and family_of(other.address) is family_of(key.address)
+    }
+    is_local = key.address in scene.around.local_addresses
+    cluster_ip = next(
+        (o for o, v in same.items() if v.frontend.kind is FrontendKind.CLUSTER_IP), None
+    )
+    yield f"No service is served at {key}."
+    if endpoint := _endpoint(key, views, names):
+        yield f"It is an endpoint of {endpoint} itself: called directly, no service is involved."
+    elif cluster_ip is not None:
+        yield (
+            f"{key.address} is the cluster IP of {_service(names, cluster_ip)}, which has no such "
+            f"port: it has {_ports(same)}."
+        )
+        yield _UNKNOWN_PORT.get(mode, LEFT_ALONE + " Usually nobody answers (P16).")
+        return
+    elif node_ports and is_local:
+        where = ", ".join(sorted({other.address for other in node_ports}))
+        yield (
+            f"{key.port} is a node port of {_service(names, min(node_ports))}, but not at this "
+            f"address: nodePortAddresses selects {where} (P15)."
+        )
+    elif node_ports:
+        yield (
+            f"{key.port} is a node port of {_service(names, min(node_ports))}, but {key.address} "
+            "is no address of this node: a foreign address is not touched (P15)."
+        )
+    elif is_local:
+        yield f"{key.address} is an address of this node; no Service has node port {key.port}."
+    elif same:
+        yield f"Other ports are served there: {_ports(same)}."
+    elif _is_inside(key.address, _service_cidrs(scene)):
+        yield "It is in the range of cluster IPs, and no Service has it."
+        yield _UNALLOCATED.get(mode, LEFT_ALONE + " Usually nobody answers (P16).")
+        return
+    yield LEFT_ALONE
+
+
+def _service_cidrs(scene: Scene) -> tuple[str, ...]:
+    """Where cluster IPs come from: as the API says, else as the settings do."""
+    snapshot = scene.known.snapshot
+    return (snapshot.service_cidrs if snapshot else ()) or scene.settings.service_cidrs
+
+
+def _ports(keys: Iterable[FrontendKey]) -> str:
+    return ", ".join(sorted(f"{key.port}/{key.protocol}" for key in keys))
+
+
+def _service(names: Mapping[FrontendKey, NamedFrontend], key: FrontendKey) -> str:
+    named = names.get(key)
+    return f"{named.namespace}/{named.name}" if named else "a Service"
+
+
+def _endpoint(
+    key: FrontendKey,
+    views: Mapping[FrontendKey, FrontendView],
+    names: Mapping[FrontendKey, NamedFrontend],
+) -> str:
+    """The service of which this is an endpoint; empty for none."""
+    for other, view in views.items():
+        if other.protocol is key.protocol:
+            for backend in view.backends:
+                if (backend.address, backend.port) == (key.address, key.port):
+                    return _service(names, other)
+    return ""
+
+
+def _is_inside(address: str, prefixes: Iterable[str]) -> bool:
+    found = ipaddress.ip_address(address)
+    return any(
+        family_of(prefix) is family_of(address) and found in ipaddress.ip_network(prefix)
+        for prefix in prefixes
+    )
