@@ -115,7 +115,7 @@ def _get(port: int, path: str) -> str:
         connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
         try:
             connection.request("GET", path)
-            return connection.getresponse().read(65_536).decode(errors="replace")
+            return connection.getresponse().read(1_048_576).decode(errors="replace")
         except (OSError, http.client.HTTPException):
             continue
         finally:
