@@ -91,14 +91,15 @@ class UserspaceDataplane:
         repaired = steering.verify() if resync else ()
         wanted = {key: plan for key, plan in desired.plans.items() if _is_possible(key)}
         before = running.plans
-        changed = set(differences(before, wanted))
+        # A new planner makes plans anew; those that say the same are no change.
+        changed = {key for key in differences(before, wanted) if before.get(key) != wanted.get(key)}
         taken = [plan for key, plan in wanted.items() if key in changed]
         failed = relay.call(partial(_take, relay, steering, taken)) if taken else {}
         plans = {key: plan for key, plan in wanted.items() if key not in failed}
         written = steering.write(plans, relay.call(relay.numbers))
         running.plans = plans
         if changed:
-            relay.call(partial(_release, relay, steering, before, plans))
+            relay.call(partial(_release, relay, steering, changed, plans))
         return ApplyReport(
             writes=written.writes + len(changed - failed.keys()),
             changed=len(changed),
@@ -240,11 +241,11 @@ def _take(
 def _release(
     relay: Relay,
     steering: Steering,
-    before: Mapping[PlanKey, ServicePlan],
+    changed: Iterable[PlanKey],
     plans: Mapping[PlanKey, ServicePlan],
 ) -> None:
     """Close the doors nobody is led to any more, and end flows to backends that left."""
-    for key in differences(before, plans):
+    for key in changed:
         plan = plans.get(key)
         wanted = {door.id for door in steering.doors(plan)} if plan is not None else set()
         port = relay.ports.get(key)
