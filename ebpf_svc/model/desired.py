@@ -133,6 +133,8 @@ class DesiredState:
     in `plans`.
     """
     revision: int = 0
+    service_cidrs: tuple[str, ...] = ()
+    """Prefixes cluster IPs come from, where the API says so (W4)."""
 
     def view(self) -> dict[FrontendKey, FrontendView]:
         """What `Dataplane.read()` must return once this state is applied."""

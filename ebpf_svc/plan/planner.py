@@ -71,7 +71,13 @@ class Planner:
         self._services, self._slices = snapshot.services, snapshot.slices
         if changed:
             self._replan(changed)
-        return DesiredState(self._plans, self._health_checks, self._problems, snapshot.revision)
+        return DesiredState(
+            self._plans,
+            self._health_checks,
+            self._problems,
+            snapshot.revision,
+            snapshot.service_cidrs,
+        )
 
     def _changed(self, snapshot: Snapshot) -> set[ServiceName]:
         """Which Services may plan differently than last time, deleted ones included."""

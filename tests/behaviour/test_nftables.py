@@ -353,6 +353,18 @@ def test_route_localnet_goes_with_its_guard(
     assert sysctl.read(loopback.SETTING) == "0"
 
 
+def test_service_cidrs_of_the_api_take_effect_at_once(made: NftablesDataplane, node: Node) -> None:
+    """X13: what is in them and no cluster IP is dropped; kube-proxy waits for a full sync."""
+    listed = ["nft", "list", "chain", *TABLE.split(), "cluster-ips-check"]
+    made.apply(some_services())
+    cidrs = ("10.112.0.0/12", "fd00:10:112::/112")
+    desired = replace(some_services(), service_cidrs=cidrs)
+    assert made.apply(desired).writes > 0
+    assert "ip daddr 10.112.0.0/12 drop" in node.run(listed)
+    assert "10.96.0.0" not in node.run(listed)
+    assert made.apply(desired).writes == 0
+
+
 def test_probe_leaves_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that undoes itself: nobody sees its table, and it is gone."""
     with counted(monkeypatch) as sent:

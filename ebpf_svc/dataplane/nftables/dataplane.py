@@ -51,6 +51,9 @@ class NftablesDataplane:
         """The tables must be read before anything is written."""
         self._stale = StaleFlows(settings.families)
         self._routes_loopback = False
+        self._is_marked = False
+        """The table says that we turned route_localnet on."""
+        self._service_cidrs: tuple[str, ...] = ()
 
     def check(self) -> Support:
         """Look at this host by a transaction that undoes itself."""
@@ -72,24 +75,28 @@ class NftablesDataplane:
             for layout in self._layouts:
                 pods = pod_match(settings, layout.family)
                 self._tables[layout.family] = FamilyTable(layout, self._writer, pods=pods)
-                self._frames[layout.family] = frame(
-                    layout,
-                    mark=1 << settings.masquerade_bit,
-                    pods=pods,
-                    masquerade_all=settings.masquerade_all,
-                    # With an API server the ranges are its own, whatever ours say.
-                    service_cidrs=settings.service_cidrs if settings.manifests else (),
-                    localhost=settings.localhost_node_ports,
-                )
-            self._keep_marker(self._writer.socket)
+            self._is_marked = _has_marker(self._writer.socket)
+            # With an API server the ranges are its own, whatever ours say.
+            self._make_frames(settings.service_cidrs if settings.manifests else ())
             self._applied, self._in_doubt = {}, True
             self._stale, self._routes_loopback = StaleFlows(settings.families), False
 
-    def _keep_marker(self, socket: Socket) -> None:
-        """An earlier run may have said that it turned route_localnet on."""
-        content = self._frames.get(Family.V4)
-        if content is not None and _has_marker(socket):
-            content.chains[loopback.MARKER] = loopback.marker()
+    def _make_frames(self, service_cidrs: tuple[str, ...]) -> None:
+        """Render what does not depend on service ports."""
+        settings = self._settings
+        self._service_cidrs = service_cidrs
+        for layout in self._layouts:
+            content = frame(
+                layout,
+                mark=1 << settings.masquerade_bit,
+                pods=pod_match(settings, layout.family),
+                masquerade_all=settings.masquerade_all,
+                service_cidrs=service_cidrs,
+                localhost=settings.localhost_node_ports,
+            )
+            if self._is_marked and layout.family is Family.V4:
+                content.chains[loopback.MARKER] = loopback.marker()
+            self._frames[layout.family] = content
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
@@ -109,6 +116,9 @@ class NftablesDataplane:
         for table in self._tables.values():
             table.tidy()
         keys = list(differences(self._applied, desired.plans))
+        if desired.service_cidrs and desired.service_cidrs != self._service_cidrs:
+            self._make_frames(desired.service_cidrs)
+            self._in_doubt = True
         must_read = self._in_doubt or (resync and not writer.is_untouched())
         failed: Mapping[PlanKey, str] = {}
         done: list[Written] = []
@@ -140,9 +150,9 @@ class NftablesDataplane:
     def _route_loopback(self, writer: Writer) -> None:
         """Let node ports on 127.0.0.1 answer; the guard was written with the first apply."""
         if loopback.turn_on():
-            marker = loopback.marker()
-            self._frames[Family.V4].chains[loopback.MARKER] = marker
-            writer.commit([LAYOUTS[Family.V4].table.add_chain(marker.chain)])
+            self._is_marked = True
+            self._make_frames(self._service_cidrs)
+            writer.commit([LAYOUTS[Family.V4].table.add_chain(loopback.marker().chain)])
         self._routes_loopback = True
 
     def _update(self, keys: Iterable[PlanKey], plans: Plans) -> list[Written]:
