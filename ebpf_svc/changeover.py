@@ -265,11 +265,11 @@ class Changeover:
             raise
 
     def _fill(self, dataplane: Dataplane) -> None:
-        """Write all that is served, while the other one goes on; what changes meanwhile follows."""
+        """Write all that is served, while the other one goes on; the handover tells the rest."""
         desired = self._serving.desired
         if desired is None:
             raise DataplaneError("nothing is served yet: the agent has not synced")
-        _refuse_failures(dataplane.apply(desired))
+        dataplane.apply(desired)
 
     def _undo(self, dataplane: Dataplane, retiring: _Retiring | None) -> None:
         close_quietly(dataplane)

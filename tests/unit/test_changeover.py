@@ -158,14 +158,15 @@ def test_new_one_that_fails_leaves_the_old_one_and_no_trace(
     assert (agent.serving.name, agent.changes) == ("ebpf", ["ebpf"])
 
 
+@pytest.mark.parametrize("wrong", [DataplaneError("full"), ApplyError("shop/api", "full")])
 def test_new_one_that_fails_at_the_last_moment_is_taken_back(
-    agent: Agent, machine: Machine
+    agent: Agent, machine: Machine, wrong: Exception
 ) -> None:
     """Filled once, it is refused what came since: the loop goes on with the old one."""
     agent.is_asleep = True
     told = agent.switch("nftables")
     eventually(lambda: machine.log[-1] == "nftables apply")
-    machine.refuses["nftables"] = DataplaneError("full")
+    machine.refuses["nftables"] = wrong
     agent.is_asleep = False
     agent.wake()
     assert "full" in ended(told).detail
@@ -221,6 +222,18 @@ def test_mode_that_drains_may_serve_again(agent: Agent, machine: Machine) -> Non
     assert "ebpf cleanup" not in machine.log
 
 
+def test_mode_that_cannot_serve_again_goes_on_draining(agent: Agent, machine: Machine) -> None:
+    """Its connections are as good as before it was tried."""
+    machine.busy.add("ebpf")
+    first = agent.switch("nftables")
+    eventually(lambda: first and first[-1].step is Step.DRAINING)
+    machine.lacks["ebpf"] = "BTF: gone"
+    assert ended(agent.switch("ebpf")).step is Step.FAILED
+    assert machine.modes() == {"ebpf", "nftables"}
+    machine.busy.clear()
+    eventually(machine.modes, until={"nftables"}.__eq__)
+
+
 def test_mode_that_serves_is_not_touched(agent: Agent, machine: Machine) -> None:
     """Asked for by name, or as the best that can run."""
     machine.log.clear()
@@ -256,7 +269,7 @@ def test_other_mode_in_the_settings_is_a_switch(agent: Agent, machine: Machine) 
     changed = {"mode": Mode.IPVS, "masquerade_all": True}
     agent.changeover.take(agent.settings.model_copy(update=changed))
     ended(agent.switch("nftables"))
-    assert machine.modes() == {"nftables"}
+    assert agent.changes == ["ebpf", "ipvs", "nftables"]
 
 
 def test_agent_killed_half_way_leaves_it_to_the_next(machine: Machine, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_only_root_may_ask(run_dir: Path) -> None:
         b'["switch", "ebpf"]\n',
         b"\xff\xfe\n",
         b"x" * 5000,
+        b'{"do": "switch", "mode": "ebpf"' + b" " * 5000 + b"}\n",
     ],
 )
 def test_garbage_is_refused(run_dir: Path, switch: Switch, line: bytes) -> None:
