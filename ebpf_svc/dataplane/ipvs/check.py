@@ -11,7 +11,7 @@ from ebpf_svc.dataplane.ipvs import rules, sets
 from ebpf_svc.dataplane.netfilter import tools
 from ebpf_svc.errors import CommandError
 from ebpf_svc.host import dummy, ipset, ipvs
-from ebpf_svc.host.command import run
+from ebpf_svc.host.command import TIMED_OUT, run
 from ebpf_svc.host.iptables import TOOLS
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.model.net import Family
@@ -106,6 +106,8 @@ def _refused(settings: Settings, family: Family) -> str:
     try:
         run(["unshare", "--net", "sh", "-ec", script])
     except CommandError as error:
+        if error.code == TIMED_OUT or "unshare" in error.stderr:
+            return ""  # it could not be tried
         return error.stderr.strip().splitlines()[0] if error.stderr.strip() else str(error)
     return ""
 

@@ -278,9 +278,8 @@ class IpvsDataplane:
         if running.checks != desired.health_checks:
             pairs.append((_health(running.checks), _health(desired.health_checks)))
         change = state.change(running.ledger, pairs)
-        if change.leaving:
-            counted = tuple(dict.fromkeys(key for key, _ in change.leaving))
-            change.settle_leaving(running.kernel.connection_counts(counted))
+        counted = tuple(dict.fromkeys(key for key, _ in change.leaving))
+        change.settle_leaving(running.kernel.connection_counts(counted))
         refused = running.kernel.take(change.steps)
         change.commit(running.ledger)
         changed = sum(old != new for old, new in pairs)

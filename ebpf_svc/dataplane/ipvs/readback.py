@@ -15,19 +15,25 @@ from ebpf_svc.model.net import Family, Protocol, Sources, family_of
 
 
 def views(found: Found, options: Options) -> dict[FrontendKey, FrontendView]:
-    """Every virtual server that is in one of our sets; those of others are not ours to tell."""
+    """Every frontend that is in one of our sets; virtual servers of others are not ours to tell."""
     ranges = _source_ranges(found)
+    refusing = {
+        _key(entry)
+        for family in Family
+        for entry in found.sets.get(name_of(sets.NO_ENDPOINTS, family), ())
+    }
     result = {}
-    for key, shape in found.shapes.items():
+    for key in found.shapes.keys() | refusing:
         kind = _kind(found, key)
         if kind is None:
             continue
         backends = [real.dest for real in found.reals.get(key, ()) if real.weight]
+        shape = found.shapes.get(key)
         masquerade = _masquerade(found, key, kind, options)
         frontend = Frontend(
             FrontendKey(*key), kind, masquerade_for=masquerade, source_ranges=ranges.get(key)
         )
-        result[frontend.key] = seen(frontend, backends, shape.persistence_s)
+        result[frontend.key] = seen(frontend, backends, shape.persistence_s if shape else 0)
     return result
 
 

@@ -3,6 +3,10 @@
 A virtual server has one list of real servers for whoever calls. It is the Local list where the
 policy of the frontend says so for anybody, else, and when that list is empty, the Cluster list (V8:
 in the other modes outside clients are dropped then).
+
+A frontend without endpoints has no virtual server, and rules refuse what is sent there. IPVS would
+refuse too (V9), but drops what the node itself sends, and answers TCP in a way that a socket which
+is still connecting may miss.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ Dests = Mapping[Dest, int]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A virtual server with its real ones."""
+    """A virtual server with its real ones; one without any is not to be there (P2)."""
 
     shape: Shape
     dests: Dests
@@ -121,6 +125,9 @@ def render(plan: ServicePlan, options: Options, elsewhere: Collection[str] = ())
             by_list[is_local] = _dests(plan, frontend)
         servers[ServerKey(*key)] = Server(shape, by_list[is_local])
         entries += _membership(frontend, plan.key.family)
+        if not any(by_list[is_local].values()):
+            here = Entry(key.address, key.protocol.number, key.port)
+            entries.append((name_of(sets.NO_ENDPOINTS, plan.key.family), here))
         if kind is FrontendKind.NODE_PORT:
             continue
         if kind is FrontendKind.CLUSTER_IP or key.address not in elsewhere:
@@ -199,6 +206,6 @@ def view(plan: ServicePlan, options: Options) -> Iterator[tuple[FrontendKey, Fro
 def seen(
     frontend: Frontend, backends: Collection[tuple[str, int]], affinity_s: int
 ) -> FrontendView:
-    """A frontend as this kernel can tell of it."""
+    """A frontend as this kernel can tell of it; one that refuses remembers nobody."""
     listed = tuple(Backend(address, port) for address, port in sorted(backends))
-    return FrontendView(frontend, listed, bool(listed), affinity_s)
+    return FrontendView(frontend, listed, bool(listed), affinity_s if listed else 0)

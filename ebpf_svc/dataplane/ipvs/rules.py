@@ -211,17 +211,27 @@ def _ranges(options: RuleOptions) -> tuple[str, ...]:
 
 
 def _ipvs_filter(options: RuleOptions) -> tuple[str, ...]:
-    """What the node itself listens on is not to be had at the addresses of services (V16)."""
-    refuse = f"-j REJECT --reject-with {_REFUSAL[options.family]}"
+    """What the node itself listens on is not to be had at the addresses of services (V16), and
+    frontends without endpoints refuse (P2).
+    """
+    balanced = (sets.LOAD_BALANCER, sets.CLUSTER_IP, sets.EXTERNAL_IP, sets.EXTERNAL_IP_LOCAL)
     return (
-        *(
-            _match(options, short, "dst,dst", "-j RETURN")
-            for short in (
-                *(sets.LOAD_BALANCER, sets.CLUSTER_IP, sets.EXTERNAL_IP, sets.EXTERNAL_IP_LOCAL),
-            )
-        ),
+        *_refuse(options, sets.NO_ENDPOINTS, "dst,dst"),
+        *(_match(options, short, "dst,dst", "-j RETURN") for short in balanced),
         _match(options, sets.HEALTH_CHECK, "dst", "-j RETURN"),
-        "-m conntrack --ctstate NEW " + _match(options, sets.IPVS_IPS, "dst", refuse),
+        *_refuse(options, sets.IPVS_IPS, "dst"),
+    )
+
+
+def _refuse(options: RuleOptions, short: str, directions: str) -> tuple[str, ...]:
+    """Answer new connections like a host on which nothing listens.
+
+    TCP gets a reset: an ICMPv6 error is lost on a socket of this machine that is still connecting.
+    """
+    new = "-m conntrack --ctstate NEW "
+    return tuple(
+        protocol + new + _match(options, short, directions, f"-j REJECT --reject-with {answer}")
+        for protocol, answer in (("-p tcp ", "tcp-reset"), ("", _REFUSAL[options.family]))
     )
 
 

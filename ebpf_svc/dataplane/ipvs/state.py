@@ -106,6 +106,8 @@ class Change:
     servers: dict[ServerKey, Server | None]
     leaving: list[tuple[ServerKey, Dest]]
     """Real servers to be taken away unless they have connections; in no step yet."""
+    closing: set[ServerKey]
+    """Virtual servers that are left without real ones: they go too, unless some have to rest."""
     addresses: Counter[str]
     entries: Counter[SetEntry]
 
@@ -114,14 +116,20 @@ class Change:
         for key, dest in self.leaving:
             if counts.get(key, {}).get(dest, 0):
                 self.steps.set_dests.append((key, dest, 0))
-            else:
-                self.steps.remove_dests.append((key, dest))
+                self.closing.discard(key)
+        gone = [each for each in self.leaving if not counts.get(each[0], {}).get(each[1], 0)]
+        steps = self.steps
+        steps.remove_dests = [
+            each for each in (*steps.remove_dests, *gone) if each[0] not in self.closing
+        ]
+        steps.remove_servers += sorted(self.closing)
 
     def commit(self, ledger: Ledger) -> None:
         """Note that the steps were taken."""
+        kept = {key for key, _, _ in self.steps.set_dests} | ledger.resting.keys()
         for key, server in self.servers.items():
             resting = ledger.resting.pop(key, set())
-            if server is None:
+            if server is None or key in self.closing or not (server.dests or key in kept):
                 ledger.servers.pop(key, None)
                 continue
             ledger.servers[key] = server
@@ -155,17 +163,24 @@ def change(ledger: Ledger, shares: Iterable[tuple[Share, Share]]) -> Change:
         servers.update(new.servers)
     steps = Steps()
     leaving: list[tuple[ServerKey, Dest]] = []
+    closing: set[ServerKey] = set()
     for key, server in servers.items():
         held = ledger.servers.get(key)
         if server is None:
             if held is not None:
                 steps.remove_servers.append(key)
-        elif held != server:
-            rests = ledger.resting.get(key, set())
+            continue
+        rests = ledger.resting.get(key, set())
+        if not server.dests:
+            if held is None:
+                continue
+            if not rests:
+                closing.add(key)
+        if held != server:
             leaving += _change_server(steps, key, held, server, rests)
     _split(ledger.addresses, addresses, steps.add_addresses, steps.remove_addresses)
     _split(ledger.entries, entries, steps.add_entries, steps.remove_entries)
-    return Change(steps, servers, leaving, addresses, entries)
+    return Change(steps, servers, leaving, closing, addresses, entries)
 
 
 def _change_server(
@@ -225,14 +240,17 @@ def compare(found: Found, wanted: Ledger, keeps: KeepsServer) -> Steps:
         keeps: virtual servers that are not to be removed, whatever they are (V12).
     """
     steps = Steps()
-    for key, server in wanted.servers.items():
+    for key, server in list(wanted.servers.items()):
         shape = found.shapes.get(key)
-        if shape is None or key not in found.reals:
-            held, connections = None, {}
-        else:
-            reals = found.reals[key]
+        reals = found.reals.get(key) if shape is not None else None
+        connections: Mapping[Dest, int] = {}
+        held = None
+        if shape is not None and reals is not None:
             held = Server(shape, {real.dest: real.weight for real in reals})
             connections = {real.dest: real.connection_count for real in reals}
+        if not server.dests and not any(connections.values()):
+            del wanted.servers[key]  # found, it is one too many
+            continue
         if held == server:
             continue
         for _, dest in _change_server(steps, key, held, server, ()):
