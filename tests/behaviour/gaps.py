@@ -17,6 +17,13 @@ GAPS: dict[tuple[str, str], str] = {
         "test_agent_killed_and_restarted_under_load_without_a_failed_request",
     ): _WITH_AGENT,
     ("userspace", "test_open_connections_outlive_agent_and_endpoint"): _WITH_AGENT,
+    (
+        "userspace",
+        "test_pod_prefixes_of_the_node_are_awaited_and_end_the_agent_when_others",
+    ): _WITH_AGENT,
+    ("userspace", "test_traffic_is_counted_by_service"): (
+        "of a stream a relay sees bytes, not packets; it counts connections, bytes and datagrams"
+    ),
     ("userspace", "test_undo_gives_back_without_a_reset"): _WITH_AGENT,
     (
         "userspace",
