@@ -43,7 +43,8 @@
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
 	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL) || \
 	!defined(HAVE_COARSE_CLOCK) || \
-	!defined(FAST_PATH) || !defined(LINK_PEER) || \
+	!defined(FAST_PATH) || !defined(XDP) || !defined(LINK_PEER) || \
+	!defined(LINK_NIC) || \
 	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT)
 #error "settings of this node are missing: compile through ebpf_svc"
 #endif

@@ -29,12 +29,12 @@ static __always_inline void count_connection(__u32 service)
 /* A packet that was translated. What the kernel has merged, or leaves to the
  * device to split, is one packet of all its bytes.
  */
-static __always_inline void count_packet(__u32 service, const struct __sk_buff *skb)
+static __always_inline void count_packet(__u32 service, __u32 bytes)
 {
 	struct service_counters *count = service_counters.lookup(&service);
 
 	if (count) {
 		count->packets++;
-		count->bytes += skb->len;
+		count->bytes += bytes;
 	}
 }

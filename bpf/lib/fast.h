@@ -20,13 +20,13 @@ static __always_inline int fast_send(struct __sk_buff *skb, const struct packet 
 		return NEXT;
 	route.link = NULL;
 	if (!is_peer(link)) {
-		find_route(skb, &to->src, &to->dst, &route);
+		find_route(skb, skb->ifindex, &to->src, &to->dst, &route);
 		if (!route.link)
 			return NEXT;
 	}
 	if (rewrite(skb, pkt, to, diffs, true) != NEXT)
 		return TC_ACT_SHOT;
-	count_packet(service, skb);
+	count_packet(service, skb->len);
 	return route.link ? take_route(skb, &route) : bpf_redirect_peer(link, 0);
 }
 
@@ -44,29 +44,6 @@ static __always_inline int fast_request(struct __sk_buff *skb, const struct pack
 	if (!(flow->flags & FLOW_FAST))
 		return NEXT;
 	return fast_send(skb, pkt, &to, all_diffs(flow), flow->backend_link, service);
-}
-
-/* The flow that a packet at an ingress hook answers, if that takes the fast path. */
-static __always_inline struct flow_value *fast_flow(const struct l4_addr *from,
-						    const struct addr *to, __be16 port,
-						    struct flow_key *key)
-{
-	struct flow_value *flow;
-
-	if (bpf_ntohs(port) - NAT_PORT_FIRST < NAT_PORT_COUNT) {
-		struct nat_key nat = { .backend = *from, .port = port };
-		struct flow_key *client = nat_ports.lookup(&nat);
-
-		if (client) {
-			*key = *client;
-			flow = flows.lookup(key);
-			if (flow && (flow->flags & FLOW_SNAT) && flow->nat_port == port &&
-			    addr_equal(&flow->nat, to) && l4_addr_equal(&flow->backend, from))
-				return flow;
-		}
-	}
-	flow = flow_of_reply((struct l4_addr *)from, to, port, key);
-	return flow && (flow->flags & (FLOW_FAST | FLOW_SNAT)) == FLOW_FAST ? flow : NULL;
 }
 
 static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt)
@@ -140,7 +117,7 @@ static __always_inline int fast_error(struct __sk_buff *skb, struct packet *pkt)
 	quoted.dst = flow->frontend.addr;
 	quoted.dport = flow->frontend.port;
 	src = addr_equal(&pkt->src, &flow->backend.addr) ? flow->frontend.addr : pkt->src;
-	find_route(skb, &src, &key.client, &route);
+	find_route(skb, skb->ifindex, &src, &key.client, &route);
 	verdict = rewrite_error(skb, pkt, &inner, &quoted, inverse(all_diffs(flow)), &src,
 				&key.client);
 	return verdict == FORWARD && route.link ? take_route(skb, &route) : verdict;

@@ -53,6 +53,6 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	to.dport = pkt.dport;
 	if (rewrite(skb, &pkt, &to, inverse(destination_diffs(flow)), false) != NEXT)
 		return TC_ACT_SHOT;
-	count_packet(key.service, skb);
+	count_packet(key.service, skb->len);
 	return FORWARD;
 }

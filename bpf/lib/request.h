@@ -148,7 +148,7 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 	verdict = rewrite(skb, pkt, &to, diffs, false);
 	if (verdict != NEXT)
 		return verdict;
-	count_packet(service, skb);
+	count_packet(service, skb->len);
 	if (masquerade)
 		skb->mark |= MASQUERADE_MARK;
 	return hairpin ? send_back(skb, pkt->l3) : FORWARD;
@@ -180,7 +180,7 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 	verdict = rewrite(skb, pkt, &to, inverse(all_diffs(flow)), false);
 	if (verdict != NEXT)
 		return verdict;
-	count_packet(key.service, skb);
+	count_packet(key.service, skb->len);
 	return send_back(skb, pkt->l3);
 }
 
@@ -189,6 +189,7 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
  */
 static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_device)
 {
+	bool fast = FAST_PATH && l3 == ETH_HLEN;
 	struct packet pkt = {};
 	struct l4_addr to = {};
 	struct flow_key key = {};
@@ -203,7 +204,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 		return NOT_OURS;
 	if (pkt.proto == PROTO_ICMP) {
 		verdict = error_to_backend(skb, &pkt);
-		if (FAST_PATH && verdict == NOT_OURS)
+		if (fast && verdict == NOT_OURS)
 			verdict = fast_error(skb, &pkt);
 		return verdict;
 	}
@@ -218,7 +219,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
-		if (FAST_PATH && (verdict = fast_reply(skb, &pkt)) != NEXT)
+		if (fast && (verdict = fast_reply(skb, &pkt)) != NEXT)
 			return verdict;
 		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
 			free_client_port(&to, 0, &pkt, now_s());
@@ -249,7 +250,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	}
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);
-	if (FAST_PATH && (verdict = fast_request(skb, &pkt, flow, key.service)) != NEXT)
+	if (fast && (verdict = fast_request(skb, &pkt, flow, key.service)) != NEXT)
 		return verdict;
 	return send_to_backend(skb, &pkt, flow, key.service);
 }

@@ -29,7 +29,7 @@ struct route {
 };
 
 /* Where the stack would send a packet from src to dst that came by this device. */
-static __always_inline void find_route(struct __sk_buff *skb, const struct addr *src,
+static __always_inline void find_route(void *ctx, __u32 ifindex, const struct addr *src,
 				       const struct addr *dst, struct route *route)
 {
 	struct bpf_fib_lookup *fib = &route->fib;
@@ -38,7 +38,7 @@ static __always_inline void find_route(struct __sk_buff *skb, const struct addr 
 	__builtin_memset(fib, 0, sizeof(*fib));
 	route->link = NULL;
 	fib->family = FIB_FAMILY;
-	fib->ifindex = skb->ifindex;
+	fib->ifindex = ifindex;
 #if IP_FAMILY == 4
 	fib->ipv4_src = src->word[0];
 	fib->ipv4_dst = dst->word[0];
@@ -46,7 +46,7 @@ static __always_inline void find_route(struct __sk_buff *skb, const struct addr 
 	__builtin_memcpy(fib->ipv6_src, src, sizeof(*src));
 	__builtin_memcpy(fib->ipv6_dst, dst, sizeof(*dst));
 #endif
-	outcome = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	outcome = bpf_fib_lookup(ctx, fib, sizeof(*fib), 0);
 	route->cold = outcome == BPF_FIB_LKUP_RET_NO_NEIGH;
 	if (outcome == BPF_FIB_LKUP_RET_SUCCESS || route->cold) {
 		__u32 index = fib->ifindex;
@@ -131,7 +131,7 @@ static __always_inline void open_fast(struct __sk_buff *skb, const struct packet
 
 	if (!from || pkt->l3 != ETH_HLEN || (flow->flags & FLOW_HAIRPIN))
 		return;
-	find_route(skb, &pkt->src, &flow->backend.addr, &route);
+	find_route(skb, index, &pkt->src, &flow->backend.addr, &route);
 	if (!route.link)
 		return;
 	if (flow->flags & FLOW_MASQUERADE) {
@@ -162,7 +162,7 @@ static __always_inline void learn_backend_link(struct __sk_buff *skb, struct flo
 	if (flow->backend_link || !is_peer(skb->ifindex) ||
 	    bpf_skb_load_bytes(skb, ETH_ALEN, mac, sizeof(mac)))
 		return;
-	find_route(skb, &flow->frontend.addr, &flow->backend.addr, &route);
+	find_route(skb, skb->ifindex, &flow->frontend.addr, &flow->backend.addr, &route);
 	if (!route.link || route.cold)
 		return;
 	next = (__u16 *)route.fib.dmac;
@@ -175,4 +175,27 @@ static __always_inline void learn_backend_link(struct __sk_buff *skb, struct flo
 static __always_inline bool has_hops(const struct packet *pkt)
 {
 	return hops(pkt->lead) > 1;
+}
+
+/* The flow that a packet at an ingress hook answers, if that takes the fast path. */
+static __always_inline struct flow_value *fast_flow(const struct l4_addr *from,
+						    const struct addr *to, __be16 port,
+						    struct flow_key *key)
+{
+	struct flow_value *flow;
+
+	if (bpf_ntohs(port) - NAT_PORT_FIRST < NAT_PORT_COUNT) {
+		struct nat_key nat = { .backend = *from, .port = port };
+		struct flow_key *client = nat_ports.lookup(&nat);
+
+		if (client) {
+			*key = *client;
+			flow = flows.lookup(key);
+			if (flow && (flow->flags & FLOW_SNAT) && flow->nat_port == port &&
+			    addr_equal(&flow->nat, to) && l4_addr_equal(&flow->backend, from))
+				return flow;
+		}
+	}
+	flow = flow_of_reply((struct l4_addr *)from, to, port, key);
+	return flow && (flow->flags & (FLOW_FAST | FLOW_SNAT)) == FLOW_FAST ? flow : NULL;
 }

@@ -69,6 +69,10 @@ class EbpfSettings(Section):
     forwarded packets on this node (network policies in netfilter) does not see them, so it is for
     nodes that have none. Needs Linux 5.10.
     """
+    xdp: bool = False
+    """Forward established flows between other machines in the driver of the NIC, before the kernel
+    makes a buffer of a packet; with `fast_path` only, and on NICs whose driver can.
+    """
     flow_entries: int = Field(default=262_144, ge=1024)
     """Flows kept, each family; least recently used go first. 256 Ki costs 40 MiB (IPv4) and inserts
     twice as fast as 1 Mi.

@@ -23,6 +23,7 @@ class ProgramType(IntEnum):
     """`enum bpf_prog_type`, those in use."""
 
     SCHED_CLS = 3
+    XDP = 6
     CGROUP_SOCK_ADDR = 18
 
 

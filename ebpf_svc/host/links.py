@@ -16,6 +16,7 @@ from ebpf_svc.host import rtnetlink
 from ebpf_svc.host.netlink import CREATE, EXCL, Failure, Message, attribute, attributes
 
 _IFINFO = struct.Struct("=BxHiII")
+_XDP, _NESTED, _XDP_IN_DRIVER = 43, 0x8000, 1 << 2
 _IFADDR = struct.Struct("=BBBBI")
 """ifaddrmsg: family, prefix length, flags, scope, device."""
 _SECONDARY = 0x01  # IFA_F_SECONDARY; of IPv6 it means temporary
@@ -51,6 +52,8 @@ class Link:
     """The device it is enslaved to, 0 = to none."""
     has_far_peer: bool = False
     """Its other end is in another network namespace, as a pod's is."""
+    xdp_program: int = 0
+    """Id of the program its driver runs, 0 = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def parse_link(message: Message) -> Link | None:
         *(index, _text(found.get(3)), _text(info.get(1)), _text(info.get(4)), kind, flags),
         master=int.from_bytes(found.get(10, b"")[:4], "little"),
         has_far_peer=37 in found,  # IFLA_LINK_NETNSID
+        xdp_program=int.from_bytes(attributes(found.get(_XDP, b"")).get(4, b"")[:4], "little"),
     )
 
 
@@ -134,6 +138,14 @@ def addresses(netlink: rtnetlink.Socket) -> list[DeviceAddress]:
 
 def _by_rank(item: tuple[int, int, str]) -> int:
     return item[0]
+
+
+def set_xdp(netlink: rtnetlink.Socket, index: int, program_fd: int) -> Failure | None:
+    """Let the driver of a device run a program, in place of any it runs; -1 = none."""
+    given = attribute(1, struct.pack("=i", program_fd))
+    given += attribute(3, struct.pack("=I", _XDP_IN_DRIVER))
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + attribute(_XDP | _NESTED, given)
+    return netlink.requests([(rtnetlink.SETLINK, 0, body)])[0]
 
 
 def clsacts(netlink: rtnetlink.Socket) -> dict[int, Clsact]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ebpf_svc.host import netlink
 
-NEWLINK, DELLINK, GETLINK = 16, 17, 18
+NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 GETADDR = 22
 NEWQDISC, DELQDISC, GETQDISC = 36, 37, 38
 NEWTFILTER, DELTFILTER, GETTFILTER = 44, 45, 46

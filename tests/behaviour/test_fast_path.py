@@ -16,7 +16,7 @@ from ebpf_svc.host import conntrack_table
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.host import Host, Node
 from ebpf_svc.testbed.podnet import PodNetwork
-from ebpf_svc.testbed.traffic import Answer, Target, ask
+from ebpf_svc.testbed.traffic import Answer, Target, ask, connection
 from tests.lib.manifests import Web
 from tests.lib.world import World
 
@@ -67,6 +67,46 @@ def asked(asker: Host, target: Target) -> list[Answer]:
     answers = ask(asker, target.address, target.port, target.protocol, count=12)
     assert all(answer.ok and answer.peer == target.address for answer in answers), answers
     return answers
+
+
+@pytest.fixture(scope="module")
+def driver(artifact_cache: Path, no_leftovers: None) -> Iterator[World]:
+    """The same with XDP on the nodes' NICs."""
+    world = World(
+        PodNetwork.BRIDGE, cache_dir=artifact_cache, ebpf={"fast_path": True, "xdp": True}
+    )
+    yield world
+    world.close()
+
+
+def sent_by_driver(node: Node) -> int:
+    """Packets that eth0's program has sent back out of it."""
+    lines = node.run(["ethtool", "-S", "eth0"]).splitlines()
+    words = (line.split(":") for line in lines if "xdp_tx:" in line)
+    return sum(int(count) for _, count in words)
+
+
+@every_family
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP], ids=str)
+def test_driver_forwards_to_remote_backends(
+    driver: World, family: Family, protocol: Protocol
+) -> None:
+    """P6: what an established flow of an outside client says to a backend on another node, and
+    hears from it, never becomes a buffer of node1's; the backend sees node1.
+    """
+    node = driver.cluster.nodes[0]
+    web = driver.new_web()
+    driver.publish(web, [driver.web3])
+    target = web.at_node(node, family, protocol)
+    with connection(driver.cluster.client, target) as opened:
+        first = opened.ping()
+        before = sent_by_driver(node)
+        answers = [opened.ping() for _ in range(20)]
+    assert all(answer.ok and answer.server == "web3" for answer in (first, *answers)), answers
+    assert {answer.client for answer in answers} <= driver.own_addresses(node)
+    # Both ways: the requests to node2 and its answers to the router.
+    assert sent_by_driver(node) - before >= 40
+    driver.withdraw(web)
 
 
 @every_family

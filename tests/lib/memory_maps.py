@@ -169,6 +169,7 @@ def memory_tables(
         "slots": MemoryArray("slots", word, slots),
         "udp_sockets": MemoryHash("udp_sockets", cookie, word, 64),
         "settings": MemoryHash("settings", word, word, 1),
+        "xdp_next": MemoryHash("xdp_next", word, word, 1),
         "drops": MemoryHash("drops", word, word, 1),
         "monitor": MemoryHash("monitor", word, word, 1),
     }

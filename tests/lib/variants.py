@@ -25,8 +25,11 @@ VARIANTS = {
         Variant("ebpf", "ebpf"),
         # Pods' packets all meet tc.
         Variant("ebpf-host-only", "ebpf", {"socket_lb": SocketLB.HOST_ONLY}),
-        # And go past the stack where they can.
-        Variant("ebpf-fast", "ebpf", {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True}),
+        # And go past the stack, or stay in the NIC's driver, where they can.
+        Variant(
+            *("ebpf-fast", "ebpf"),
+            {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True, "xdp": True},
+        ),
         Variant("nftables", "nftables"),
         Variant("iptables", "iptables"),
         Variant("userspace", "userspace"),

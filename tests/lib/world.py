@@ -18,6 +18,7 @@ from typing import Any
 
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import CommandError
+from ebpf_svc.testbed import drivers
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
@@ -68,6 +69,8 @@ class World:
                 Agent(node, self._settings(node).model_copy(update=update), mode=mode)
                 for node in self.cluster.nodes
             )
+            if self._ebpf.get("xdp"):
+                drivers.prepare(self.cluster.router, (*self.askers, *self.webs))
             # Together: each spends most of its start waiting for its own imports.
             for agent in self.agents:
                 agent.start(wait=False)

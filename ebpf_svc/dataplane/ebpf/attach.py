@@ -11,7 +11,7 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 
 from ebpf_svc.config import EbpfSettings, SocketLB
-from ebpf_svc.dataplane.ebpf import filters, hooks
+from ebpf_svc.dataplane.ebpf import filters, hooks, xdp
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole, role_of
 from ebpf_svc.dataplane.ebpf.filters import Outcome
 from ebpf_svc.dataplane.ebpf.programs import SOCKET_PROGRAMS, LoadedProgram, Programs
@@ -154,6 +154,9 @@ class Attachments:
         for item in outcome.attached:
             if item.index in broken:
                 self._repairs.append(f"{names[item.index]}: filter {item.name} put back")
+        nics = [link for link, role in devices if role is DeviceRole.NODE]
+        for index, problem in xdp.put(self._netlink, nics, self._programs).items():
+            outcome.problems.setdefault(index, problem)
         self._note_problems(outcome, names)
         changed = {item.index for item in outcome.attached}
         for index in changed:
@@ -248,7 +251,7 @@ def detach_all(settings: EbpfSettings) -> int:
     """
     netlink = rtnetlink.Socket()
     try:
-        count = filters.remove(netlink)
+        count = filters.remove(netlink) + xdp.remove(netlink)
     except OSError as error:
         raise DataplaneError(f"netlink: {error}") from error
     finally:

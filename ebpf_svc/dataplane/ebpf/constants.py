@@ -61,8 +61,10 @@ class LinkKind(IntEnum):
 
     PEER = 1
     """A pod is at its other end: packets can be put there at once."""
-    ETHERNET = 2
-    """A NIC, or the bridge of pods: packets leave with a neighbour's address."""
+    NIC = 2
+    """Leads to other machines: packets leave with a neighbour's address."""
+    BRIDGE = 3
+    """Pods are at its ports: the same, but XDP cannot send through it."""
 
 
 class FlowState(IntFlag):
@@ -142,6 +144,7 @@ def node_defines(
     kernel: tuple[int, int],
     masquerade_mark: int = MASQUERADE_MARK,
     fast_path: bool = False,
+    xdp: bool = False,
 ) -> dict[str, str]:
     """What is compiled in for this node: its pods' prefix, its kernel's abilities, its options.
 
@@ -152,6 +155,7 @@ def node_defines(
         kernel: major and minor version.
         masquerade_mark: the bit of the mark that asks for masquerading.
         fast_path: flows may go past the stack.
+        xdp: those between other machines do so before the stack has made a buffer of a packet.
     """
     flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
     node = {
@@ -161,6 +165,7 @@ def node_defines(
         "SOCKET_LB_PODS": str(int(translate_pods)),
         "MASQUERADE_MARK": hex(masquerade_mark),
         "FAST_PATH": str(int(fast_path)),
+        "XDP": str(int(fast_path and xdp)),
     }
     for prefix in cluster_cidrs:
         if family_of(prefix) is family:

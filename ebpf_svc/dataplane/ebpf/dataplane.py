@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from ebpf_svc.config import EbpfSettings, Settings, SocketLB
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
-from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables
+from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables, xdp
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
 from ebpf_svc.dataplane.ebpf.codec import Codec
@@ -134,6 +134,7 @@ class EbpfDataplane:
                 artifacts, {family: opened.fds(family) for family in artifacts}
             )
             undo.callback(programs.close)
+            xdp.chain(programs, opened)
             steps.done("load")
             rules = nft.masquerade_rules(self._mark)
             rules.apply()
@@ -343,6 +344,7 @@ class EbpfDataplane:
                 kernel=(major, minor),
                 masquerade_mark=self._mark,
                 fast_path=self._settings.ebpf.fast_path,
+                xdp=self._settings.ebpf.xdp,
             )
             for family in self._settings.families
         }

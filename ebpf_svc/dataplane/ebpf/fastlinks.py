@@ -62,10 +62,10 @@ def link_values(
             kinds[link.index] = LinkKind.PEER
             bridges.add(link.master)
         elif role is DeviceRole.NODE and link.kind not in _TUNNELS:
-            kinds[link.index] = LinkKind.ETHERNET
+            kinds[link.index] = LinkKind.NIC
             nics.append(link.index)
     kinds.update(
-        (link.index, LinkKind.ETHERNET)
+        (link.index, LinkKind.BRIDGE)
         for link in devices
         if link.kind == "bridge" and link.index in bridges
     )

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ebpf_svc.config import EbpfSettings
-from ebpf_svc.dataplane.ebpf import filters, flows, hooks
+from ebpf_svc.dataplane.ebpf import filters, flows, hooks, xdp
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.constants import FlowState
 from ebpf_svc.dataplane.ebpf.layout import wire_port
@@ -60,6 +60,8 @@ def _filters() -> Iterator[KernelPart]:
             for item in filters.ours(links.filters(netlink, index, sides)):
                 place = f"{names.get(index, index)} {item.side.name.lower()}"
                 yield KernelPart("filter", item.name, place, f"program {item.program_id}")
+        for link in xdp.attached(netlink):
+            yield KernelPart("xdp", "forward", link.name, f"program {link.xdp_program}")
     finally:
         netlink.close()
 

@@ -36,9 +36,9 @@ class ProgramSpec:
         return f"{NAME_PREFIX}{int(family)}_{self.kernel_name}"
 
 
-def _device(kernel_name: str) -> ProgramSpec:
+def _device(kernel_name: str, kind: ProgramType = ProgramType.SCHED_CLS) -> ProgramSpec:
     none = {Family.V4: AttachType.NONE, Family.V6: AttachType.NONE}
-    return ProgramSpec(kernel_name, ProgramType.SCHED_CLS, none)
+    return ProgramSpec(kernel_name, kind, none)
 
 
 def _socket(kernel_name: str, v4: AttachType, v6: AttachType) -> ProgramSpec:
@@ -56,6 +56,7 @@ DEVICE_PROGRAMS = {
     "egress": _device("out"),
     "egress_l3": _device("out3"),
 }
+XDP_PROGRAM = "xdp"
 SOCKET_PROGRAMS = {
     "connect": _socket("connect", AttachType.INET4_CONNECT, AttachType.INET6_CONNECT),
     "sendmsg": _socket("sendmsg", AttachType.UDP4_SENDMSG, AttachType.UDP6_SENDMSG),
@@ -71,7 +72,11 @@ PEER_PROGRAMS = frozenset(
     name for name in SOCKET_PROGRAMS if name.startswith(("recvmsg", "getpeername"))
 )
 """Socket programs that only say who a socket talks to, and choose nothing."""
-PROGRAMS: Mapping[str, ProgramSpec] = {**DEVICE_PROGRAMS, **SOCKET_PROGRAMS}
+PROGRAMS: Mapping[str, ProgramSpec] = {
+    **DEVICE_PROGRAMS,
+    **SOCKET_PROGRAMS,
+    XDP_PROGRAM: _device("xdp", ProgramType.XDP),
+}
 """C function name -> what it is."""
 
 

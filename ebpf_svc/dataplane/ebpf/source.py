@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-ENTRY_FILES = ("tc.c", "cgroup.c")
+ENTRY_FILES = ("tc.c", "cgroup.c", "xdp.c")
 """What a unit consists of; everything else is reached through includes."""
 
 _PROJECT_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"')

@@ -38,7 +38,7 @@ Ids are dense, so only what a node has beyond that many goes uncounted."""
 EVENT_RING_BYTES = 1 << 18
 """Room for what happens between two looks of who monitors: 4,000 events, each family."""
 
-SHARED = frozenset({"slots", "settings", "drops", "udp_sockets", "monitor"})
+SHARED = frozenset({"slots", "settings", "drops", "udp_sockets", "monitor", "xdp_next"})
 """Maps both families use; all others exist once a family."""
 
 _DIRECTORY = "ebpf-svc"
@@ -63,6 +63,7 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "links": LINK_ENTRIES if settings.fast_path else 1,
         "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
         "settings": 1,
+        "xdp_next": 1,
         "drops": len(constants.Drop),
         "monitor": 1,
         "events": EVENT_RING_BYTES,
@@ -132,6 +133,7 @@ class Tables:
         self.slots: ArrayTable = tables["slots"]  # type: ignore[assignment]
         self.settings: HashTable = tables["settings"]  # type: ignore[assignment]
         self.drops: PerCpuArray = tables["drops"]  # type: ignore[assignment]
+        self.xdp_next: Table = tables["xdp_next"]
         self.udp_sockets: HashTable = tables["udp_sockets"]  # type: ignore[assignment]
         self.monitor: ArrayTable = tables["monitor"]  # type: ignore[assignment]
 
@@ -358,7 +360,7 @@ def _layouts(shape: MapShape) -> tuple[Layout, Layout]:
 
 def _typed(name: str, fd: int, key: Layout, value: Layout) -> Table:
     facts = bpf.map_facts(fd)
-    if facts.type in (MapType.SK_STORAGE, MapType.RINGBUF):
+    if facts.type in (MapType.SK_STORAGE, MapType.RINGBUF, MapType.PROG_ARRAY):
         return Table(name, fd, key, value)
     if facts.type == MapType.PERCPU_ARRAY:
         return PerCpuArray(name, fd, key, value)

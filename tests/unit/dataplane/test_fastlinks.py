@@ -31,8 +31,8 @@ def test_pods_their_bridge_and_nics_are_used() -> None:
     """A device has its own first address, and one without the first NIC's."""
     values = link_values([NIC, BRIDGE, POD], ADDRESSES, SETTINGS, Family.V4)
     assert values == {
-        2: (LinkKind.ETHERNET, "192.168.0.11"),
-        3: (LinkKind.ETHERNET, "10.244.1.1"),
+        2: (LinkKind.NIC, "192.168.0.11"),
+        3: (LinkKind.BRIDGE, "10.244.1.1"),
         4: (LinkKind.PEER, "192.168.0.11"),
     }
     assert link_values([BRIDGE, POD], ADDRESSES, SETTINGS, Family.V6)[3][1] == ""
