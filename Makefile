@@ -6,7 +6,7 @@ SHELL := /bin/bash
 python := .venv/bin/python
 pytest := $(python) -m pytest -q --no-header
 # The rings of `make test`, quickest first.
-rings := lint unit golden deploy packet behaviour
+rings := lint unit golden deploy packet bench behaviour
 # What `make image` installs, and nothing else needs.
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
@@ -17,7 +17,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image vm behaviours bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm behaviours bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -78,6 +78,12 @@ behaviours: need-root bootstrap ## docs/behaviours.md from this ring and what th
 	@$(pytest) tests/behaviour --results test-logs/results/behaviour.json; status=$$?; \
 	.venv/bin/python -m tests.lib.behaviours docs/behaviours.md $$(find test-logs -name '*.json' -path '*/results/*'); \
 	exit $$status
+
+bench: need-root bootstrap ## every benchmark, small, and counts that must not grow (root)
+	@$(pytest) tests/bench $(choose)
+
+bench-counts: need-root bootstrap ## writes, calls and instructions beside those recorded (root; ARGS=--update)
+	@$(python) -m ebpf_svc.bench.counts tests/bench/counts.json $(ARGS)
 
 bench-path: need-root bootstrap ## connections, requests, throughput: every mode beside no Service at all (root)
 	@.venv/bin/ebpf-svc bench path $(if $(JSON),--json '$(JSON)') $(ARGS)

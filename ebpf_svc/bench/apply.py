@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebpf_svc import log
 from ebpf_svc.bench import kubeproxy
 from ebpf_svc.bench.applied import EBPF, Subject, opener
 from ebpf_svc.bench.population import Population
@@ -199,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--starts", type=int, default=DEFAULTS.starts, metavar="N")
     parser.add_argument("--no-agent", action="store_true", help="measure the dataplane alone")
     given = parser.parse_args(argv)
+    log.configure(level="warning")
     return run(
         given.json,
         Options(

@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ebpf_svc.bench import generator, measures, report, tables
+from ebpf_svc.bench import figures, generator, measures, report, tables, vm
 from ebpf_svc.bench.document import html
 from ebpf_svc.bench.figures import Comparison, Figure
 from ebpf_svc.bench.generator import Outcome, Server
@@ -28,8 +28,9 @@ from ebpf_svc.bench.progress import Progress
 from ebpf_svc.bench.record import environment
 from ebpf_svc.bench.site import Site
 from ebpf_svc.bench.variants import DEFAULT, WAYS, Way, choose
-from ebpf_svc.config import EbpfSettings
+from ebpf_svc.config import EbpfSettings, Settings
 from ebpf_svc.errors import EbpfSvcError
+from ebpf_svc.testbed import addressing
 from ebpf_svc.testbed.host import Host
 
 SERVICES = (1, 1_000, 10_000)
@@ -71,19 +72,21 @@ def run(options: Options, *, command: str = "") -> Comparison:
         EbpfSvcError: a variant that should run here did not.
     """
     progress = Progress()
-    ways, variants = choose(options.variants)
+    # A guest is given programs that were compiled outside.
+    cache_dir = Path(os.environ.get("EBPF_SVC_ARTIFACTS") or EbpfSettings().cache_dir)
+    told = Settings(cluster_cidrs=addressing.CLUSTER_CIDRS, ebpf=EbpfSettings(cache_dir=cache_dir))
+    ways, variants = choose(options.variants, told)
     for variant in variants:
         if variant.skipped:
             progress.done(f"{variant.name}: skipped: {variant.skipped}")
     comparison = Comparison(
         "path",
         variants,
-        {**environment(), "command": command},
+        {**environment(), "command": command, "where": os.environ.get(vm.GUEST, "")},
         parameters=asdict(options),
     )
     with ExitStack() as undo:
-        cache_dir = EbpfSettings().cache_dir
-        binary = generator.program(cache_dir)
+        binary = generator.program(EbpfSettings().cache_dir)
         sites: dict[str, Site] = {}
         for way in ways:
             if way.place not in sites:
@@ -245,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, measure, print and write."""
     words = sys.argv[1:] if argv is None else list(argv)
     given = _parser().parse_args(words)
-    base = Options.short() if given.short else Options()
+    base = Options.short() if given.short or given.vm else Options()
+    if given.vm:
+        base = replace(base, services=(1, 1_000), full_at=1_000, ms=20)
     services = tuple(given.services or base.services)
     options = Options(
         services=services,
@@ -257,7 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         full_at=base.full_at if base.full_at in services else services[-1],
     )
     command = shlex.join(["ebpf-svc", "bench", "path", *words])
-    comparison = run(options, command=command)
+    if given.vm is not None:
+        comparison = _run_in_vm(given.vm, options, command)
+    else:
+        comparison = run(options, command=command)
     print("\n".join(tables.comparison(comparison)))
     if given.json is not None:
         comparison.write(given.json)
@@ -267,12 +275,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run_in_vm(kernel: str, options: Options, command: str) -> Comparison:
+    """The same inside a virtual machine, as it was told by its JSON."""
+    told = asdict(options)
+    words = [str(word) for name in ("services", "variants") for word in (f"--{name}", *told[name])]
+    for name in ("endpoints", "rounds", "ms"):
+        words += [f"--{name}", str(told[name])]
+    if options.measures:
+        words += ["--measures", *options.measures]
+    document = vm.run(kernel, "path", words)
+    comparison = Comparison.of(figures.read(document))
+    document.unlink()
+    comparison.environment["command"] = command
+    return comparison
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ebpf-svc bench path", description=__doc__)
     names = [way.name for way in WAYS]
     keys = [measure.key for measure in MEASURES]
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write a report with plots there")
+    inside = "inside a virtual machine whose clock counts instructions"
+    parser.add_argument("--vm", nargs="?", const=vm.KERNEL, metavar="KERNEL", help=inside)
     parser.add_argument("--short", action="store_true", help="less of all, in under a minute")
     parser.add_argument("--services", type=int, nargs="+", metavar="N")
     parser.add_argument("--endpoints", type=int, default=ENDPOINTS, metavar="N")

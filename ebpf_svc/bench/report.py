@@ -130,9 +130,11 @@ def _series(run: Mapping[str, Any], *, with_limits: bool) -> Table:
 
 
 def _packet(run: Mapping[str, Any]) -> Iterator[Block]:
-    yield Heading("Packets through one program")
+    where = run["environment"].get("where", "")
+    unit = "Machine instructions" if where else "Nanoseconds"
+    yield Heading(f"Packets through one program{f', {where}' if where else ''}")
     yield from _taken_on(run)
-    yield Text("Nanoseconds above an empty program; minimal: the least a program for this can do.")
+    yield Text(f"{unit} above an empty program; minimal: the least a program for this can do.")
     rows = []
     for row in run["rows"]:
         samples = row["samples_ns"]
@@ -159,18 +161,14 @@ def _packet(run: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(("", "flows", "services", "ours", "minimal"), rows)
     if run.get("programs"):
         yield Table(
-            ("program", "instructions", "of machine code, bytes", "verified"),
+            ("program", "instructions", "walked through by the verifier"),
             [
-                (
-                    each["name"],
-                    f"{each['instructions']:,}",
-                    f"{each['jited_bytes']:,}",
-                    f"{each['verified']:,}" if each.get("verified") else "",
-                )
+                (each["name"], f"{each['instructions']:,}", f"{each['verified']:,}")
                 for each in run["programs"]
             ],
         )
-    yield Table(("goal", ""), [(each["goal"], _held(each["holds"])) for each in run["goals"]])
+    if not where:  # the goals are in nanoseconds
+        yield Table(("goal", ""), [(each["goal"], _held(each["holds"])) for each in run["goals"]])
 
 
 def _taken_on(run: Mapping[str, Any]) -> Iterator[Block]:

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import struct
 from array import array
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, Table
 from ebpf_svc.dataplane.ebpf.tables import max_entries
 from ebpf_svc.host import bpf, bpf_prog
 from ebpf_svc.host.bpf import MapFlag, MapType
-from ebpf_svc.host.bpf_prog import ProgramType
+from ebpf_svc.host.bpf_prog import ProgramFacts, ProgramType
 from ebpf_svc.model.net import Family, Sources
 
 TCP = 6
@@ -129,6 +130,10 @@ class Rig:
             fd = bpf_prog.load(code, program_type=ProgramType.SCHED_CLS, name=f"bench_{name}")
             self._programs[name] = fd
             self._undo.callback(os.close, fd)
+
+    def facts(self) -> dict[str, ProgramFacts]:
+        """What the kernel says of our programs."""
+        return {name: bpf_prog.facts(self._programs[name]) for name in _OURS}
 
     # Filling.
 
@@ -285,14 +290,21 @@ class Rig:
 _ETHERTYPE = {Family.V4: b"\x08\x00", Family.V6: b"\x86\xdd"}
 
 
-def _artifacts(family: Family, cache_dir: Path) -> tuple[Artifact, Artifact]:
-    """Our unit as an agent compiles it, and the yardsticks'."""
-    release = os.uname().release.split(".")
+def prepare(families: Iterable[Family], cache_dir: Path, kernel: tuple[int, int]) -> None:
+    """Compile into a cache what a machine of that kernel will load."""
+    for family in families:
+        _artifacts(family, cache_dir, kernel)
+
+
+def _artifacts(
+    family: Family, cache_dir: Path, kernel: tuple[int, int] | None = None
+) -> tuple[Artifact, Artifact]:
+    """Our unit as an agent compiles it, and the yardsticks'; for this kernel unless told."""
+    if kernel is None:
+        major, minor, *_ = os.uname().release.split(".")
+        kernel = int(major), int(minor)
     node = constants.node_defines(
-        family,
-        cluster_cidrs=_CLUSTER_CIDRS,
-        translate_pods=True,
-        kernel=(int(release[0]), int(release[1])),
+        family, cluster_cidrs=_CLUSTER_CIDRS, translate_pods=True, kernel=kernel
     )
     root = source.source_dir()
     text = source.join([root / name for name in _DRIVER_FILES], root)

@@ -56,8 +56,11 @@ WAYS = (
 DEFAULT = tuple(way.name for way in WAYS if way.name != "userspace")
 
 
-def choose(names: Sequence[str]) -> tuple[list[Way], list[Variant]]:
+def choose(names: Sequence[str], settings: Settings) -> tuple[list[Way], list[Variant]]:
     """The ways of these names that run here, and all of them as variants, with reasons.
+
+    Args:
+        settings: what agents will be told, as far as it decides whether they run.
 
     Raises:
         KeyError: there is no way of that name.
@@ -68,7 +71,7 @@ def choose(names: Sequence[str]) -> tuple[list[Way], list[Variant]]:
     for name in names:
         way = by_name[name]
         if way.mode not in reasons:
-            reasons[way.mode] = _reason_against(way.mode)
+            reasons[way.mode] = _reason_against(way.mode, settings)
         reason = reasons[way.mode]
         variants.append(Variant(way.name, way.title, reason))
         if not reason:
@@ -76,11 +79,11 @@ def choose(names: Sequence[str]) -> tuple[list[Way], list[Variant]]:
     return ways, variants
 
 
-def _reason_against(mode: str | None) -> str:
+def _reason_against(mode: str | None, settings: Settings) -> str:
     """Why a mode cannot be measured here; empty = it can."""
     if mode is None:
         return ""
     if mode not in MODES:
         return "this version has no such mode"
-    support = make_dataplane(mode, Settings()).check()
+    support = make_dataplane(mode, settings).check()
     return "" if support.ok else "; ".join(support.missing)

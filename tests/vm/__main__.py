@@ -40,6 +40,7 @@ def show_kernels(update: bool) -> None:
 @click.option("--memory", default="2G", show_default=True)
 @click.option("--deadline", "deadline_s", default=3600, show_default=True, help="In seconds.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep what the guest wrote here.")
+@click.option("--count-instructions", is_flag=True, help="The guest's clock counts them.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     *,
@@ -49,6 +50,7 @@ def run(
     memory: str,
     deadline_s: int,
     out: Path | None,
+    count_instructions: bool,
 ) -> None:
     """Run COMMAND in a guest with KERNEL and exit as it does (KERNEL is a name of `kernels`).
 
@@ -66,6 +68,7 @@ def run(
             memory=memory,
             deadline_s=deadline_s,
             echo=sys.stdout,
+            count_instructions=count_instructions,
         )
     except (NoKernel, GuestFailed) as error:
         click.echo(f"{kernel}: {error}", err=True)

@@ -27,8 +27,8 @@ from tests.vm import artifacts
 from tests.vm.kernels import CACHE, Kernel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BOOT_S = 60.0
-"""A guest that has not begun by then never will."""
+BOOT_S, COUNTING_BOOT_S = 60.0, 300.0
+"""A guest that has not begun by then never will; one whose clock counts instructions is slower."""
 POWER_OFF_S = 10.0
 POLL_S = 0.2
 PATIENCE = 6
@@ -90,6 +90,7 @@ def run(
     memory: str = "2G",
     deadline_s: float = 900.0,
     echo: TextIO | None = None,
+    count_instructions: bool = False,
 ) -> Outcome:
     """Run a command in a guest, in the root of the repository's copy.
 
@@ -101,6 +102,10 @@ def run(
         memory: as QEMU writes it.
         deadline_s: how long boot and command may take together.
         echo: where to copy the command's output to while it runs.
+        count_instructions: let the guest's clock count them, one a nanosecond: a timing in it
+            then hardly depends on what else this machine does. While the guest waits, its clock
+            follows ours: files come from here, and waiting for them must not run into timeouts.
+            Needs a single processor.
 
     Raises:
         GuestFailed: it did not boot, died, or ran into the deadline.
@@ -113,9 +118,12 @@ def run(
     archive_repository(out / "repository.tar")
     (out / "guest.sh").write_text(_script(command, compiled))
     begun = time.monotonic()
-    argv = _argv(kernel, image, out, cpus, memory)
-    # `timeout` ends the machine also when this process is killed.
-    argv = ["timeout", "--kill-after=5", str(int(deadline_s) + 5), *argv]
+    argv = _argv(kernel, image, out, cpus=cpus, memory=memory)
+    if count_instructions:
+        argv.insert(-2, "--qemu-opts=-icount shift=0,sleep=on")
+    # The machine ends with this process, however that ends, and at the deadline at the latest.
+    guard = ["setpriv", "--pdeathsig", "TERM", "timeout", "--kill-after=5"]
+    argv = [*guard, str(int(deadline_s) + 5), *argv]
     environment = {**os.environ, "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
     with (out / "console").open("w") as console:
         machine = subprocess.Popen(
@@ -127,7 +135,8 @@ def run(
             start_new_session=True,
         )
         try:
-            _follow(machine, out, begun, deadline_s, echo)
+            boot_s = COUNTING_BOOT_S if count_instructions else BOOT_S
+            _follow(machine, out, (begun, boot_s, deadline_s), echo)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 machine.wait(POWER_OFF_S)
         finally:
@@ -161,7 +170,7 @@ def _script(command: Sequence[str], compiled: Path) -> str:
     )
 
 
-def _argv(kernel: Kernel, image: Path, out: Path, cpus: int, memory: str) -> list[str]:
+def _argv(kernel: Kernel, image: Path, out: Path, *, cpus: int, memory: str) -> list[str]:
     return [
         *("vng", "--verbose", "--run", str(kernel.image)),
         *("--disable-kvm", "--force-9p", "--user", "root"),
@@ -177,11 +186,15 @@ def _argv(kernel: Kernel, image: Path, out: Path, cpus: int, memory: str) -> lis
 def _follow(
     machine: subprocess.Popen[bytes],
     out: Path,
-    begun: float,
-    deadline_s: float,
+    times: tuple[float, float, float],
     echo: TextIO | None,
 ) -> None:
-    """Wait until the machine ends, its command's output copied meanwhile."""
+    """Wait until the machine ends, its command's output copied meanwhile.
+
+    Args:
+        times: when it began, how long it may boot, and how long it may take in all.
+    """
+    begun, boot_s, deadline_s = times
     shown = 0
     while True:
         ended = machine.poll() is not None
@@ -194,8 +207,8 @@ def _follow(
         if ended or (out / "status").exists():
             return
         taken_s = time.monotonic() - begun
-        if taken_s > BOOT_S and not (out / "begun").exists():
-            raise GuestFailed(f"it did not boot in {BOOT_S:.0f} s: see {out}/console")
+        if taken_s > boot_s and not (out / "begun").exists():
+            raise GuestFailed(f"it did not boot in {boot_s:.0f} s: see {out}/console")
         if taken_s > deadline_s:
             raise GuestFailed(f"no result after {deadline_s:.0f} s: see {out}/output")
         time.sleep(POLL_S)
