@@ -27,6 +27,8 @@ _CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "logging.verbosity": lambda number: (
         LogLevel.DEBUG if number >= DEBUG_VERBOSITY else LogLevel.INFO
     ),
+    "ipvs.scheduler": lambda name: name or "rr",
+    "ipvs.excludeCIDRs": lambda cidrs: cidrs or (),
     "featureGates": lambda gates: gates.get(EXTERNAL_IPS_GATE, True),
 }
 

@@ -74,7 +74,6 @@ def _ignored(path: str, why: str, *flags: str) -> KubeField:
 
 
 _PAUSE = "absent or 0 is our default: an apply writes differences only, so a second is not needed"
-_NO_IPVS = "there is no ipvs dataplane"
 _WINDOWS = "Windows"
 _JSON = "objects are read as JSON"
 _LINES = "lines are not buffered"
@@ -159,14 +158,12 @@ FIELDS = (
     _honoured(
         "ipvs.minSyncPeriod", "min_sync_period_s", "--ipvs-min-sync-period", why=_PAUSE, modes=_IPVS
     ),
-    _ignored("ipvs.scheduler", f"{_NO_IPVS}; see `ebpf.maglev`", "--ipvs-scheduler"),
-    _ignored(
-        "ipvs.excludeCIDRs", "virtual servers of others are never touched", "--ipvs-exclude-cidrs"
-    ),
-    _ignored("ipvs.strictARP", "no device gets the addresses of services", "--ipvs-strict-arp"),
-    _ignored("ipvs.tcpTimeout", _NO_IPVS, "--ipvs-tcp-timeout"),
-    _ignored("ipvs.tcpFinTimeout", _NO_IPVS, "--ipvs-tcpfin-timeout"),
-    _ignored("ipvs.udpTimeout", _NO_IPVS, "--ipvs-udp-timeout"),
+    _honoured("ipvs.scheduler", "ipvs.scheduler", "--ipvs-scheduler"),
+    _honoured("ipvs.excludeCIDRs", "ipvs.exclude_cidrs", "--ipvs-exclude-cidrs", modes=_IPVS),
+    _honoured("ipvs.strictARP", "ipvs.strict_arp", "--ipvs-strict-arp"),
+    _honoured("ipvs.tcpTimeout", "ipvs.tcp_timeout_s", "--ipvs-tcp-timeout"),
+    _honoured("ipvs.tcpFinTimeout", "ipvs.tcp_fin_timeout_s", "--ipvs-tcpfin-timeout"),
+    _honoured("ipvs.udpTimeout", "ipvs.udp_timeout_s", "--ipvs-udp-timeout"),
     _honoured("nftables.masqueradeBit", "masquerade_bit", modes=_NFTABLES),
     _honoured("nftables.masqueradeAll", "masquerade_all", "--masquerade-all", modes=_NFTABLES),
     _honoured("nftables.syncPeriod", "resync_period_s", "--iptables-sync-period", modes=_NFTABLES),

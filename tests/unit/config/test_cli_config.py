@@ -25,7 +25,7 @@ def call(*words: str) -> int:
 def file(tmp_path: Path) -> str:
     path = tmp_path / "config.yaml"
     path.write_text(
-        kube_proxy(mode="ipvs", ipvs={"scheduler": "lc"}, clusterCIDR="10.0.0.0/8")
+        kube_proxy(mode="ipvs", configSyncPeriod="9m", clusterCIDR="10.0.0.0/8")
         + "---\n"
         + ours(ebpf={"socketLB": "hostOnly"})
     )
@@ -41,8 +41,8 @@ def test_show_says_what_is_in_force_and_who_gave_it(file: str, capsys: Output) -
     assert rows["nodeName"] == "a --node-name"
     assert rows["resyncPeriod"] == "30s default"
     assert rows["clusterCIDR"] == f"10.0.0.0/8 honoured clusterCIDRs {file}: clusterCIDR"
-    assert rows["ipvs.scheduler"].startswith("lc ignored ")
-    assert "ipvs.scheduler: ignored: " in err
+    assert rows["configSyncPeriod"].startswith("9m0s ignored ")
+    assert "configSyncPeriod: ignored: " in err
 
 
 def test_show_given_leaves_out_defaults(file: str, capsys: Output) -> None:
@@ -65,7 +65,7 @@ def test_show_as_json_is_one_object(file: str, capsys: Output) -> None:
     assert shown["settings"]["ebpf.maglev"] == {"value": True, "from": "default"}
     assert {row["field"]: row["here"] for row in shown["kubeProxy"]} == {
         "mode": "different",
-        "ipvs.scheduler": "ignored",
+        "configSyncPeriod": "ignored",
         "clusterCIDR": "honoured",
     }
 
@@ -75,7 +75,7 @@ def test_validate_of_a_good_file_exits_zero(file: str, capsys: Output) -> None:
     assert call("config", "validate", "--config", file) == 0
     out, err = capsys.readouterr()
     assert out.startswith("valid: 5 of ")
-    assert "ipvs.scheduler" in err
+    assert "configSyncPeriod" in err
 
 
 def test_validate_of_a_bad_file_lists_everything_wrong(tmp_path: Path, capsys: Output) -> None:
@@ -122,7 +122,7 @@ def test_run_says_what_it_ignores(tmp_path: Path, file: str, capsys: Output) -> 
     call("run", "--config", file, "--write-config-to", str(tmp_path / "out.yaml"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "config.ignored" in line
-    assert "ipvs.scheduler" in line
+    assert "configSyncPeriod" in line
 
 
 def test_run_cleanup_is_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

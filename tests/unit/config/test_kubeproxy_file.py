@@ -10,6 +10,7 @@ import pytest
 from ebpf_svc.config import DetectLocalMode, LogLevel, Mode, Settings
 from ebpf_svc.config.document import KUBE_PROXY_API_VERSION
 from ebpf_svc.config.given import spelt, value_of
+from ebpf_svc.config.ipvs import IpvsSettings
 from ebpf_svc.config.kubeproxy.fields import FIELDS, Treatment
 from ebpf_svc.config.kubeproxy.read import decode
 from ebpf_svc.config.kubeproxy.types import KubeProxyConfiguration
@@ -404,11 +405,35 @@ def test_field_given_twice_is_a_warning(tmp_path: Path) -> None:
 
 def test_ignored_field_that_says_something_is_a_warning(tmp_path: Path) -> None:
     """Its default says nothing, so that a file of defaults is silent."""
-    loud = load_text(tmp_path, kube_proxy(mode="ipvs", ipvs={"scheduler": "lc"}))
+    loud = load_text(tmp_path, kube_proxy(mode="ipvs", configSyncPeriod="9m"))
     quiet = load_text(tmp_path, kube_proxy(logging={"flushFrequency": "5s"}))
     (warning,) = loud.warnings
-    assert "ipvs.scheduler: ignored: " in warning
+    assert "configSyncPeriod: ignored: " in warning
     assert quiet.warnings == ()
+
+
+def test_section_of_ipvs_becomes_settings_of_ipvs(tmp_path: Path) -> None:
+    """V2, V3, V5, V12: each of its fields has a setting; nothing said is round robin."""
+    section = {
+        "scheduler": "lc",
+        "excludeCIDRs": ["10.9.0.0/24"],
+        "strictARP": True,
+        "tcpTimeout": "15m",
+        "tcpFinTimeout": "2m",
+        "udpTimeout": "5m",
+    }
+    loaded = load_text(tmp_path, kube_proxy(mode="ipvs", ipvs=section))
+    assert loaded.warnings == ()
+    assert loaded.settings.ipvs == IpvsSettings(
+        scheduler="lc",
+        exclude_cidrs=("10.9.0.0/24",),
+        strict_arp=True,
+        tcp_timeout_s=900,
+        tcp_fin_timeout_s=120,
+        udp_timeout_s=300,
+    )
+    empty = load_text(tmp_path, kube_proxy(ipvs={"scheduler": "", "excludeCIDRs": None}))
+    assert empty.settings.ipvs == IpvsSettings()
 
 
 def test_other_version_is_refused(tmp_path: Path) -> None:

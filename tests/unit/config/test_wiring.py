@@ -10,7 +10,7 @@ from ebpf_svc.config.given import leaves
 PACKAGE = Path(__file__).parents[3] / "ebpf_svc"
 UNREAD = {
     "kube_proxy_mode",  # read by the /configz view, in config itself
-    *(path for path in leaves() if path.startswith(("ipvs.", "userspace."))),
+    *(path for path in leaves() if path.startswith("userspace.")),
     "detect_local.bridge_interface",  # decides nothing: its presence is checked
     "detect_local.interface_name_prefix",  # joins ebpf.pod_devices, in config itself
 }
