@@ -31,8 +31,8 @@ class Held(NamedTuple):
     """An address of an interface."""
 
     address: str
-    index: int
-    """Of the device."""
+    device: int
+    """Its index."""
     flags: int
     """IFA_F_*."""
 

@@ -117,7 +117,7 @@ class Sets:
         """Take entries out; one that is gone is fine."""
         return self._requests((_DEL, spec.family, _element(spec, one)) for spec, one in entries)
 
-    def list(self, name: str) -> Held | None:
+    def read(self, name: str) -> Held | None:
         """A set and all it holds; None = there is none of that name.
 
         Raises:

@@ -163,7 +163,7 @@ class MemorySets:
             answers.append(None)
         return answers
 
-    def list(self, name: str) -> Held | None:
+    def read(self, name: str) -> Held | None:
         held = self.machine.sets.get(name)
         return None if held is None else Held(held.spec, set(held.entries))
 

@@ -70,7 +70,7 @@ class Kernel:
 
         Rules that use it go on with ours, which has all that was in it.
         """
-        held = self._sets.list(spec.name)
+        held = self._sets.read(spec.name)
         if held is None or held.spec.type != spec.type:
             raise DataplaneError(f"ipset {spec.name}: {failure.reason}")
         other = replace(spec, name=_TEMPORARY)
@@ -89,13 +89,13 @@ class Kernel:
             index = dummy.index_of(LINK)
             here, elsewhere = set(), set()
             for held in dummy.addresses(self._route):
-                if held.index != index:
+                if held.device != index:
                     elsewhere.add(held.address)
                 elif family_of(held.address) in families and not held.address.startswith("fe80:"):
                     here.add(held.address)
             shapes = self._ipvs.shapes()
             reals = ipvs.real_servers()
-            lists = {spec.name: self._sets.list(spec.name) for spec in _specs(families)}
+            lists = {spec.name: self._sets.read(spec.name) for spec in _specs(families)}
         except OSError as error:
             raise DataplaneError(f"the kernel cannot be read back: {error.strerror}") from error
         return Found(
