@@ -179,7 +179,8 @@ def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
         return Prediction(Verdict.UNTOUCHED)  # nothing but a hook sees what the node itself sends
     # The hooks do not know the source yet, so they let every process of the node in.
     filters = not call.at_socket and bool(call.client[0])
-    return predict(call, told.view, memory, filters=filters)
+    moves_sctp = told.scene.mode != "ebpf"
+    return predict(call, told.view, memory, filters=filters, moves_sctp=moves_sctp)
 
 
 def _recall(

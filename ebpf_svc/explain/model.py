@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ebpf_svc.model.desired import FrontendKey, FrontendKind, FrontendView
-from ebpf_svc.model.net import Sources, family_of
+from ebpf_svc.model.net import Protocol, Sources, family_of
 
 End = tuple[str, int]
 """An address and a port."""
@@ -95,7 +95,12 @@ class Prediction:
 
 
 def predict(
-    call: Call, view: FrontendView | None, memory: Memory, *, filters: bool = True
+    call: Call,
+    view: FrontendView | None,
+    memory: Memory,
+    *,
+    filters: bool = True,
+    moves_sctp: bool = False,
 ) -> Prediction:
     """Say what must become of a call.
 
@@ -104,6 +109,7 @@ def predict(
         view: the frontend as the kernel holds it; None = there is none.
         memory: what is remembered of the client.
         filters: source ranges are looked at on this way in.
+        moves_sctp: SCTP may go to another port than the frontend's.
     """
     if view is None:
         return Prediction(Verdict.UNTOUCHED)
@@ -117,10 +123,20 @@ def predict(
             return Prediction(Verdict.DROPPED, "source_range")
     if not view.has_endpoints:
         return Prediction(Verdict.REFUSED, "no_endpoint", admitting=admitting)
+    return _choose(call, view, memory, admitting, moves_sctp=moves_sctp)
+
+
+def _choose(
+    call: Call, view: FrontendView, memory: Memory, admitting: str, *, moves_sctp: bool
+) -> Prediction:
+    """Among the endpoints of a service that has some."""
     name = list_for(view, call.kind)
     candidates = members(view, name)
     if not candidates:
         return Prediction(Verdict.DROPPED, "no_local_endpoint", name, admitting=admitting)
+    is_fixed = call.frontend.protocol is Protocol.SCTP and not moves_sctp
+    if is_fixed and all(port != call.frontend.port for _, port in candidates):
+        return Prediction(Verdict.DROPPED, "rewrite_failed", name, candidates, admitting=admitting)
     chosen: End | None = None
     by = ChosenBy.RANDOM
     if memory.affinity in candidates:

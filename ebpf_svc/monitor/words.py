@@ -10,7 +10,7 @@ REASONS: Mapping[str, str] = {
     "source_range": "the client is in none of the load balancer's source ranges",
     "flow_table": "the flow table takes no more entries",
     "client_port_clash": "the client's port is in use by another connection to the same endpoint",
-    "rewrite_failed": "the packet cannot be rewritten",
+    "rewrite_failed": "the packet cannot be rewritten (SCTP cannot change its port)",
     "discarded": "it answers nobody, or was sent where nothing is",
     "client_fin": "the client has closed its side",
     "backend_fin": "the backend has closed its side",

@@ -112,7 +112,6 @@ def _askers(world: World) -> list[Host]:
     return [world.shell1, world.sandbox1, node1, world.cluster.client]
 
 
-@every_pod_network
 @pytest.mark.parametrize("policy", ["cluster", "external_local", "internal_local"])
 def test_explained_is_what_happens(world: World, publish: Publish, policy: str) -> None:
     """Every row of the traffic matrix: verdict, endpoints and the source they see (P1-P8)."""
@@ -120,6 +119,14 @@ def test_explained_is_what_happens(world: World, publish: Publish, policy: str) 
         internal_local=policy == "internal_local", external_local=policy == "external_local"
     )
     rows = table(world, web, askers=_askers(world), kinds=(*HERE, LOCALHOST), count=2)
+    _assert_told(rows, world)
+
+
+@every_pod_network
+def test_explained_is_what_happens_on_every_pod_network(world: World, publish: Publish) -> None:
+    """The policy with most cases, however pods are attached (P5, P7)."""
+    web = publish(external_local=True)
+    rows = table(world, web, askers=_askers(world), kinds=HERE)
     _assert_told(rows, world)
 
 
