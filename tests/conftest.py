@@ -14,7 +14,8 @@ from ebpf_svc.errors import UnsupportedHost
 from ebpf_svc.modes import make_dataplane
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.podnet import PodNetwork
-from tests.behaviour.gaps import GAPS
+from tests.behaviour.gaps import reason_of
+from tests.lib.kernel import running_kernel
 from tests.lib.variants import VARIANTS, Variant
 from tests.lib.world import World
 
@@ -42,6 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    kernel = running_kernel()
     for item in items:
         if "behaviour" in item.path.parts:
             item.add_marker(pytest.mark.root)
@@ -53,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mode = VARIANTS[name].mode if name else ""
         if callspec and callspec.params.get("pod_network", PodNetwork.BRIDGE) != PodNetwork.BRIDGE:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "smoke"]
-        reason = GAPS.get((name, test)) or GAPS.get((mode, test))
+        reason = reason_of(name, mode, test, kernel)
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 

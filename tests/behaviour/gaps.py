@@ -24,6 +24,9 @@ GAPS: dict[tuple[str, str], str] = {
     ("userspace", "test_traffic_is_counted_by_service"): (
         "of a stream a relay sees bytes, not packets; it counts connections, bytes and datagrams"
     ),
+    ("userspace", "test_sctp_passes_through_services"): (
+        "a relay of sockets carries no SCTP; kube-proxy's did not either (U6)"
+    ),
     ("userspace", "test_undo_gives_back_without_a_reset"): _WITH_AGENT,
     (
         "userspace",
@@ -55,3 +58,22 @@ GAPS: dict[tuple[str, str], str] = {
     ),
 }
 """(dataplane or variant, test function) -> why, in a sentence."""
+
+_NO_ERROR_OF_ITS_OWN = (
+    "before Linux 5.18 a socket hook cannot choose the error: processes get EPERM at once, "
+    "packets are refused as ever (P2)"
+)
+
+KERNEL_GAPS: dict[tuple[str, str], tuple[tuple[int, int], str]] = {
+    ("ebpf", "test_service_without_endpoints_refuses_at_once"): ((5, 18), _NO_ERROR_OF_ITS_OWN),
+}
+"""The same for older kernels: (first Linux without the gap, why)."""
+
+
+def reason_of(variant: str, mode: str, test: str, kernel: tuple[int, int]) -> str | None:
+    """Why a test is expected to fail, or None."""
+    for who in (variant, mode):
+        until, why = KERNEL_GAPS.get((who, test), ((0, 0), ""))
+        if found := GAPS.get((who, test)) or (kernel < until and why):
+            return found
+    return None

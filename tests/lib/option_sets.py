@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,12 +27,6 @@ OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
         "masquerade_mark": 1 << 31,
     },
 }
-
-
-def running_kernel() -> tuple[int, int]:
-    """Major and minor version."""
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int(minor)
 
 
 def defines(name: str, kernel: tuple[int, int]) -> dict[Family, dict[str, str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from ebpf_svc.errors import UnsupportedHost
 from ebpf_svc.host import cgroup, features, netns
-from tests.lib.option_sets import running_kernel
+from tests.lib.kernel import running_kernel
 
 pytestmark = pytest.mark.root
 

@@ -13,7 +13,8 @@ from ebpf_svc.dataplane.ebpf.programs import Programs
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.host import bpf_prog
 from ebpf_svc.model.net import Family
-from tests.lib.option_sets import OPTION_SETS, defines, running_kernel
+from tests.lib.kernel import running_kernel
+from tests.lib.option_sets import OPTION_SETS, defines
 
 pytestmark = pytest.mark.root
 
