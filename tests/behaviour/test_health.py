@@ -12,7 +12,7 @@ import pytest
 from ebpf_svc.errors import CommandError
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.host import Host, Node, Pod
-from ebpf_svc.testbed.traffic import Outcome, Probe, ask, ask_all
+from ebpf_svc.testbed.traffic import Outcome, Probe, ask, ask_all, connection
 from tests.behaviour.conftest import Publish
 from tests.lib.http import Reply, fetch
 from tests.lib.manifests import Endpoint, Web, node_manifests
@@ -261,12 +261,14 @@ def test_flows_are_counted(world: World, dataplane: str, publish: Publish) -> No
         f'service="{web.name}"}}'
     )
 
-    # Tables are looked at every ten seconds at most, and a connection that closed counts for ten.
-    def flows_of_one_more() -> float:
-        ask(world.sandbox1, web.cluster.v4, 80)
-        return metrics(world, node1).get(flows, 0)
-
-    eventually(flows_of_one_more, until=lambda count: count >= 1, within_s=15)
+    # Tables are looked at every ten seconds at most.
+    with connection(world.sandbox1, web.at_cluster_ip(Family.V4, Protocol.TCP)) as conn:
+        assert conn.ping().ok
+        eventually(
+            lambda: metrics(world, node1).get(flows, 0),
+            until=lambda count: count >= 1,
+            within_s=15,
+        )
 
 
 def test_traffic_is_counted_by_service(world: World, publish: Publish) -> None:
