@@ -35,14 +35,13 @@ HASHSIZE = 1024
 """At first; the kernel lets it grow."""
 PORTS = (0, 65535)
 
-ERR_EXIST_SETNAME2, ERR_REFERENCED, ERR_HASH_FULL = 4101, 4108, 4352
+ERR_BUSY, ERR_HASH_FULL = 4100, 4352
 _WORDS = {
     4097: "the kernel speaks another ipset protocol",
     4098: "the kernel has no set of that type",
     4099: "there are too many sets",
-    4100: "the set is in use",
+    ERR_BUSY: "a rule uses the set",
     4102: "a set of that name has another type",
-    ERR_REFERENCED: "a rule uses the set",
     ERR_HASH_FULL: "the set is full",
 }
 
@@ -100,7 +99,7 @@ class Sets:
         return self._requests((_CREATE, spec.family, _create(spec)) for spec in specs)
 
     def destroy(self, names: Iterable[str]) -> list[Failure | None]:
-        """Remove sets; one that is gone is fine, one a rule uses stays (ERR_REFERENCED)."""
+        """Remove sets; one that is gone is fine, one a rule uses stays (ERR_BUSY)."""
         gone = self._requests((_DESTROY, Family.V4, _named(name)) for name in names)
         return [None if one is not None and one.errno == errno.ENOENT else one for one in gone]
 

@@ -14,7 +14,7 @@ from ebpf_svc.dataplane.ipvs.sets import SPECS, SetEntry, specs_of
 from ebpf_svc.dataplane.ipvs.state import Found, Steps
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import dummy, ipvs, rtnetlink
-from ebpf_svc.host.ipset import ERR_REFERENCED, Entry, Sets, Spec
+from ebpf_svc.host.ipset import ERR_BUSY, Entry, Sets, Spec
 from ebpf_svc.host.ipvs import Dest, Ipvs, ServerKey
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.host.netlink import Failure
@@ -165,7 +165,7 @@ class Kernel:
     def remove_sets(self, families: Collection[Family]) -> None:
         """Destroy our sets; one that somebody else's rules use stays. Raises DataplaneError."""
         answers = self._sets.destroy(spec.name for spec in _specs(families))
-        used = (one for one in answers if one is not None and one.errno != ERR_REFERENCED)
+        used = (one for one in answers if one is not None and one.errno != ERR_BUSY)
         _raise_first("ipset", list(used))
 
 

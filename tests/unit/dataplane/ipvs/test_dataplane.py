@@ -79,7 +79,7 @@ def test_a_changed_endpoint_costs_the_same_however_many_services(
 
 
 def test_real_server_with_connections_rests_until_they_end(machine: Machine) -> None:
-    """Rows 57: weight 0 and kept while active or inactive connections are left, then deleted (V11)."""
+    """Row 57: weight 0 and kept while connections of any state are left, then deleted (V11)."""
     made = make()
     made.apply(state(make_plan()))
     machine.connections[WEB, SECOND] = 2
