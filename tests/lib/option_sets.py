@@ -21,6 +21,17 @@ OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
     "host-only": {"cluster_cidrs": addressing.CLUSTER_CIDRS, "translate_pods": False},
     "no-cidr": {"cluster_cidrs": (), "translate_pods": True},
     "no-cidr-host-only": {"cluster_cidrs": (), "translate_pods": False},
+    "fast": {
+        "cluster_cidrs": addressing.CLUSTER_CIDRS,
+        "translate_pods": True,
+        "fast_path": True,
+    },
+    "fast-host-only-xdp": {
+        "cluster_cidrs": addressing.CLUSTER_CIDRS,
+        "translate_pods": False,
+        "fast_path": True,
+        "xdp": True,
+    },
     "mark": {
         "cluster_cidrs": addressing.CLUSTER_CIDRS,
         "translate_pods": True,
