@@ -172,6 +172,7 @@ def test_retired_relay_carries_on_what_it_has(site: Site) -> None:
         with connection(site.shell, target) as conn:
             assert conn.ping().server == "web1"
             assert not made.retire()
+            assert not made.retire()
             assert site.outcomes(site.shell) == {"refused"}
             assert conn.ping().server == "web1"
         eventually(made.retire)

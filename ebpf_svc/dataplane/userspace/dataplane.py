@@ -40,6 +40,7 @@ class _Running:
     steering: Steering
     plans: dict[PlanKey, ServicePlan] = field(default_factory=dict)
     """Served now. Replaced as a whole, so that any thread may read it."""
+    retires: bool = False
 
 
 class UserspaceDataplane:
@@ -126,9 +127,17 @@ class UserspaceDataplane:
         running = self._running
         if running is None:
             # The relay of an earlier run has ended, and its connections with it.
-            make_steering(self._settings).retire()
+            steering = make_steering(self._settings)
+            steering.retire()
+            steering.let_go()
             return True
         running.steering.retire()
+        first, running.retires = not running.retires, True
+        if first:
+            # Answers to datagrams are under way: these doors stay until the next call.
+            running.relay.call(partial(running.relay.retire, datagrams=False))
+            return False
+        running.steering.let_go()
         return running.relay.call(running.relay.retire) == 0
 
     def close(self) -> None:

@@ -117,6 +117,9 @@ class DirectSteering:
     def retire(self) -> None:
         """The doors are closed by then; open connections need the addresses."""
 
+    def let_go(self) -> None:
+        """Nothing but the doors holds a client."""
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -227,10 +227,11 @@ class Relay:
         """Connections that depend on the relay."""
         return len(self._streams)
 
-    def retire(self) -> int:
-        """Close every door; returns how many connections are left."""
-        for door in list(self.doors):
-            self.close_door(door)
+    def retire(self, *, datagrams: bool = True) -> int:
+        """Close every door, or only those of streams; returns how many connections are left."""
+        for door_id, door in list(self.doors.items()):
+            if datagrams or door.clients is None:
+                self.close_door(door_id)
         return self.stream_count()
 
     def flows_by_port(self) -> Counter[PlanKey]:

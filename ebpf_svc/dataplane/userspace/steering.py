@@ -47,6 +47,9 @@ class Steering(Protocol):
     def retire(self) -> None:
         """Lead no new connection here; those that are open need what stays."""
 
+    def let_go(self) -> None:
+        """Retired: hold on to no client any more."""
+
     def close(self) -> None:
         """Free what the process holds."""
 
@@ -161,8 +164,11 @@ class NetfilterSteering:
             names = rules.containers(self._pods)
             lines = [f"flush {text.split()[0]} {TABLE} {name}\n" for name, text in names.items()]
             run(["nft", "-f", "-"], input="".join(lines))
-            stale.delete_relayed(self._pods)
         self._held = {}
+
+    def let_go(self) -> None:
+        """Let datagrams of known clients go where the rules of others lead them now."""
+        stale.delete_relayed(self._pods)
 
     def close(self) -> None:
         """Nothing is held."""
