@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_svc.errors import CommandError, DataplaneError
-from ebpf_svc.host import iptables
+from ebpf_svc.host import iptables, nf_owner
 from ebpf_svc.host.command import run
 from ebpf_svc.model.net import Family
 
@@ -29,6 +29,8 @@ ANSWER_S = 1.0
 NFT_TABLES = ("ip kube-proxy", "ip6 kube-proxy")
 LINK = "kube-ipvs0"
 CANARY = "KUBE-PROXY-CANARY"
+IPVS_CHAIN = "KUBE-NODE-PORT"
+"""A chain in table nat that only ipvs mode has."""
 MARKER = "EBPF-SVC"
 """An empty chain in table nat: kube-proxy's chains beside it are written by our agent."""
 _SETS = (
@@ -189,17 +191,13 @@ def _nft_tables_of_anybody() -> tuple[str, ...]:
 
 
 def _is_our_table(table: str) -> bool:
-    try:
-        listed = run(["nft", "--terse", "list", "table", *table.split()])
-    except CommandError:
-        return False  # gone by now
-    # The comment comes first: `table ip kube-proxy {\n\tcomment "ebpf-svc …"`.
-    return f'comment "{MARKER.lower()}' in listed[:200]
+    family = dict(zip(NFT_TABLES, Family, strict=True))[table]
+    return family in nf_owner.own_tables()
 
 
 def remove_nft_tables() -> None:
-    """Remove both tables in one transaction, whether there or not (Z7); raises CommandError."""
-    lines = [f"{verb} table {table}\n" for table in NFT_TABLES for verb in ("add", "delete")]
+    """Remove its tables, not ours, in one transaction (Z7); raises CommandError."""
+    lines = [f"{verb} table {table}\n" for table in nft_tables() for verb in ("add", "delete")]
     run(["nft", "-f", "-"], input="".join(lines))
 
 
@@ -285,8 +283,24 @@ def remove_ipsets(names: Iterable[str]) -> None:
 
 def is_ours(variant: iptables.Variant) -> bool:
     """Whether our agent wrote kube-proxy's chains here; raises CommandError."""
+    return _has_chain(variant, MARKER)
+
+
+def is_our_ipvs(families: Sequence[Family] = tuple(Family)) -> bool:
+    """Whether our agent serves in ipvs mode: then kube-ipvs0, virtual servers and sets are its own.
+
+    Raises:
+        CommandError: a tool of the host failed.
+    """
+    return any(
+        _has_chain(variant, MARKER) and _has_chain(variant, IPVS_CHAIN)
+        for variant in iptables.variants(families)
+    )
+
+
+def _has_chain(variant: iptables.Variant, chain: str) -> bool:
     try:
-        variant.rules("nat", MARKER)
+        variant.rules("nat", chain)
     except CommandError as error:
         if error.code == 1:
             return False
@@ -302,9 +316,10 @@ def leftovers(families: Sequence[Family] = tuple(Family)) -> tuple[str, ...]:
     found = []
     with suppress(DataplaneError):
         found += [f"nft table {table}" for table in nft_tables()]
-    with suppress(OSError):
+    with suppress(OSError, DataplaneError):
         socket.if_nametoindex(LINK)
-        found.append(f"device {LINK}")
+        if not is_our_ipvs(families):
+            found.append(f"device {LINK}")
     for variant in iptables.variants(families):
         with suppress(DataplaneError):
             mangle = variant.save("mangle").get("mangle")

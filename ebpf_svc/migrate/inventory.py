@@ -105,8 +105,9 @@ def look(families: Sequence[Family], ours: frozenset[Served] = frozenset()) -> I
     Raises:
         CommandError: a tool of the host failed.
     """
-    link = kubeproxy.link_addresses()
-    servers = ipvs.virtual_servers()
+    is_ours = kubeproxy.is_our_ipvs(families)
+    link = None if is_ours else kubeproxy.link_addresses()
+    servers = () if is_ours else ipvs.virtual_servers()
     mine = tuple(
         server
         for server in servers
@@ -120,7 +121,7 @@ def look(families: Sequence[Family], ours: frozenset[Served] = frozenset()) -> I
         link=link,
         virtual_servers=mine,
         foreign_servers=tuple(server for server in servers if server not in mine) if link else (),
-        ipsets=kubeproxy.ipsets(),
+        ipsets=() if is_ours else kubeproxy.ipsets(),
     )
 
 

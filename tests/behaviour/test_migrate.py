@@ -14,8 +14,24 @@ from typing import Any
 import pytest
 from pyroute2.ipset import IPSet
 
-from ebpf_svc.errors import CommandError
-from ebpf_svc.model.net import Family
+from ebpf_svc.dataplane.ipvs.rules import removal
+from ebpf_svc.dataplane.ipvs.sets import SPECS
+from ebpf_svc.errors import CommandError, UnsupportedHost
+from ebpf_svc.host import ipvs
+from ebpf_svc.host import kubeproxy as kubeproxy_host
+from ebpf_svc.host.iptables import variants
+from ebpf_svc.model.desired import (
+    Backend,
+    DesiredState,
+    Frontend,
+    FrontendKey,
+    FrontendKind,
+    PlanKey,
+    ServicePlan,
+)
+from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.service import ServicePortName
+from ebpf_svc.modes import make_dataplane
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
@@ -38,6 +54,14 @@ IN_PLACE = {
     "test_undo_gives_back_without_a_reset": ("legacy", "nft", "nftables"),
 }
 """Tests -> kube-proxy's modes in which there is nothing for `migrate` to do in iptables mode."""
+TABLES_IN_PLACE = {
+    "test_connections_live_through_the_switch": ("nftables",),
+    "test_agent_and_check_say_beside_whom_they_start": ("nftables",),
+    "test_what_we_do_not_serve_is_not_taken_away": ("nftables",),
+    "test_undo_gives_back_without_a_reset": ("legacy", "nft", "nftables"),
+}
+"""The same in nftables mode; and its connections wait for nobody, as connection tracking has them.
+"""
 EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
 
 
@@ -85,6 +109,8 @@ def rules_apart(request: pytest.FixtureRequest, dataplane: str) -> None:
     mode = request.node.callspec.params.get("mode", "")
     if dataplane == "iptables" and mode in IN_PLACE.get(request.node.originalname, ()):
         pytest.skip("iptables mode takes kube-proxy's chains over in place, and leaves them there")
+    if dataplane == "nftables" and mode in TABLES_IN_PLACE.get(request.node.originalname, ()):
+        pytest.skip("nftables mode replaces kube-proxy's tables, and has no connections of its own")
 
 
 FAKE = """
@@ -235,6 +261,74 @@ def test_device_and_sets_of_ipvs_mode_go(site: Site) -> None:
     with node.namespace.entered(), IPSet() as sets:
         assert [one.get_attr("IPSET_ATTR_SETNAME") for one in sets.list()] == [names[2]]
     assert _asked(site.shell, site) == {"web1", "web2"}
+
+
+def test_connections_through_ipvs_are_waited_for_then_all_of_it_goes(
+    site: Site, dataplane: str
+) -> None:
+    """ipvs mode's leftovers carry connections; once those end virtual servers, device, sets and
+    rules are removed (Z6).
+    """
+    node = site.node
+    if dataplane == "ipvs":
+        pytest.skip("the ipvs mode goes on with what a kube-proxy in that mode left")
+    leave_ipvs(site)
+    with node.namespace.entered():
+        assert len(ipvs.virtual_servers()) == len(Family) * len(PROTOCOLS)
+    with ExitStack() as stack:
+        open_ones = [
+            stack.enter_context(connection(site.shell, WEB.at_cluster_ip(family, Protocol.TCP)))
+            for family in Family
+        ]
+        assert all(one.ping().ok for one in open_ones)
+        site.agent.start()
+        said = json.loads(site.migrate("--drain", "1", "--json"))
+        assert {part["kind"] for part in said["kept"]} == {"device", "virtual servers"}
+        assert "connections still pass IPVS" in said["kept"][0]["kept"]
+        assert all(one.ping().ok for one in open_ones)
+    removed = {part["kind"] for part in json.loads(site.migrate("--json"))["removed"]}
+    assert removed == {"device", "virtual servers"}
+    with node.namespace.entered(), IPSet() as sets:
+        assert ipvs.virtual_servers() == ()
+        left = {one.get_attr("IPSET_ATTR_SETNAME") for one in sets.list()}
+        assert left == {name for name in SPECS if name not in kubeproxy_host.IPSETS}
+    assert "kube-ipvs0" not in node.run(["ip", "link"])
+    assert json.loads(site.migrate("--dry-run", "--json"))["found"] == []
+    assert _asked(site.shell, site) == {"web1", "web2"}
+
+
+def leave_ipvs(site: Site) -> None:
+    """Leave what kube-proxy in ipvs mode would: what ours writes, without the sign of ours.
+
+    Skipped where the kernel has no IPVS.
+    """
+    node = site.node
+    made = make_dataplane("ipvs", site.agent.settings)
+    plans: dict[PlanKey, ServicePlan] = {}
+    for family in Family:
+        for protocol in PROTOCOLS:
+            key = PlanKey(ServicePortName("tests", WEB.name, "", protocol), family)
+            target = WEB.at_cluster_ip(family, protocol)
+            frontend = Frontend(
+                FrontendKey(target.address, target.port, protocol), FrontendKind.CLUSTER_IP
+            )
+            backends = sorted(
+                (Backend(pod.address(family), WEB.target_port) for pod in site.pods),
+                key=lambda each: each.address,
+            )
+            plans[key] = ServicePlan(key, (frontend,), tuple(backends), has_endpoints=True)
+    with node.namespace.entered():
+        missing = made.check().missing
+        if missing:
+            pytest.skip(str(UnsupportedHost(missing)))
+        made.open()
+        made.apply(DesiredState(plans))
+        made.close()
+        for variant in variants(tuple(Family)):
+            if kubeproxy_host.is_ours(variant):
+                mangle = variant.save("mangle")  # where kube-proxy has no rules in this mode
+                variant.restore(removal(mangle, marker=False))
+                variant.restore(f"*nat\n-X {kubeproxy_host.MARKER}\nCOMMIT\n")
 
 
 def test_running_kube_proxy_is_refused(site: Site) -> None:

@@ -17,12 +17,12 @@ from ebpf_svc.dataplane.ipvs import sets
 from ebpf_svc.dataplane.ipvs.sets import name_of
 from ebpf_svc.dataplane.netfilter.pods import PodMatch, pod_match
 from ebpf_svc.host.iptables import Table
-from ebpf_svc.host.kubeproxy import MARKER
+from ebpf_svc.host.kubeproxy import IPVS_CHAIN, MARKER
 from ebpf_svc.model.net import Family, Protocol
 
 FILTER, NAT, MANGLE = "filter", "nat", "mangle"
 SERVICES, POSTROUTING, MARK_MASQ = "KUBE-SERVICES", "KUBE-POSTROUTING", "KUBE-MARK-MASQ"
-NODE_PORT, BALANCER, FORWARD = "KUBE-NODE-PORT", "KUBE-LOAD-BALANCER", "KUBE-FORWARD"
+NODE_PORT, BALANCER, FORWARD = IPVS_CHAIN, "KUBE-LOAD-BALANCER", "KUBE-FORWARD"
 FIREWALL, RANGES = "KUBE-PROXY-FIREWALL", "KUBE-SOURCE-RANGES-FIREWALL"
 IPVS_FILTER, OUT_FILTER = "KUBE-IPVS-FILTER", "KUBE-IPVS-OUT-FILTER"
 
