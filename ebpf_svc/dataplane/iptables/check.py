@@ -64,7 +64,7 @@ def probe(families: Sequence[Family]) -> Mapping[Family, Found]:
 
 def _probe(variant: Variant) -> Found:
     try:
-        variant.save("nat")
+        variant.save("mangle")  # nat may be large, and is tried below
     except CommandError as error:
         return Found(None, error.stderr.strip() or str(error))
     needed = dict(_NEEDED) | {"DNAT": _TARGETS[variant.family]}
