@@ -170,6 +170,8 @@ def test_client_is_reset_when_no_backend_answers(site: Site) -> None:
         site.connect(port).recv(100)
     assert (site.relay.counts.failed, site.relay.counts.retries) == (1, 3)
     eventually(lambda: site.relay.fds, until=(0).__eq__)
+    # Each attempt's socket is closed.
+    assert site.relay._own == set()
 
 
 def test_reset_of_the_backend_reaches_the_client(site: Site) -> None:
