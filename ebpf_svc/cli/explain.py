@@ -122,7 +122,7 @@ def record(told: Explanation) -> dict[str, Any]:
         "candidates": [at(*end) for end in prediction.candidates],
         "chosen_by": prediction.by.value,
         "backend": at(*backend) if backend else None,
-        "masquerade": _masquerade(told),
+        "masquerade": told.masquerades,
         "hairpin": bool(proof and proof.outcome.hairpin),
         "endpoints": [
             {
@@ -150,14 +150,6 @@ def record(told: Explanation) -> dict[str, Any]:
         "spread": _spread(told),
         "summary": words.summary(told),
     }
-
-
-def _masquerade(told: Explanation) -> bool:
-    if told.call.at_socket or told.view is None or told.backend is None:
-        return False
-    if told.proof is not None:
-        return told.proof.outcome.masquerade
-    return bool(told.prediction.masquerade(told.view, told.call, told.backend))
 
 
 def _spread(told: Explanation) -> dict[str, int]:

@@ -51,7 +51,7 @@ def rows_of(
             rows.append(Row(*end, "", "", eligible, why))
             continue
         why = _why(endpoint, name, candidates.values(), place, eligible=eligible)
-        if not eligible and endpoint.serving and end in held:
+        if not (eligible or endpoint.ready) and endpoint.serving and end in held:
             why += "; flows it has stay"
         rows.append(Row(*end, endpoint.node_name, state_of(endpoint), eligible, why))
     return rows

@@ -92,6 +92,24 @@ class Explanation:
         return self.prediction.chosen
 
     @property
+    def is_relayed(self) -> bool:
+        """Two connections, one to the agent and one from it, instead of a translated one."""
+        return self.scene.mode == "userspace"
+
+    @property
+    def masquerades(self) -> bool:
+        """Whether the endpoint sees an address of this node in place of the client's."""
+        forwarded = self.prediction.verdict is Verdict.FORWARDED
+        if self.view is None or not forwarded or self.call.at_socket:
+            return False
+        if self.proof is not None:
+            return self.proof.outcome.masquerade
+        backend = self.backend or ("", 0)  # whichever it will be
+        is_itself = backend[0] == self.call.client[0]
+        by_rule = self.prediction.masquerade(self.view, self.call, backend)
+        return self.is_relayed or is_itself or bool(by_rule)
+
+    @property
     def list_name(self) -> ListName:
         """The list this client gets."""
         assert self.view is not None

@@ -59,7 +59,8 @@ def steps(told: Explanation) -> list[Step]:
             found.append(Step("policy", tuple(_policy(told))))
         if told.view.affinity_s:
             found.append(Step("affinity", (_affinity(told),)))
-        found.append(Step("choice", tuple(_choice(told))))
+        if told.prediction.reason != "source_range":
+            found.append(Step("choice", tuple(_choice(told))))
         if told.prediction.verdict is Verdict.FORWARDED:
             found.append(Step("source", (_masquerade(told),)))
     found.append(Step("hook", tuple(_hook(told))))
@@ -195,6 +196,8 @@ def _masquerade(told: Explanation) -> str:
         how = "the pod's own: the packet is on its way to the endpoint from the start."
         if call.kind is Sources.NODE:
             how = "routing chooses the node's own address towards the endpoint: none is translated."
+    elif told.is_relayed:
+        how = "the endpoint sees this node, whose agent relays: it is not the client's connection."
     elif told.proof is not None and told.proof.outcome.hairpin:
         hairpin = HAIRPIN_ADDRESS[family_of(call.frontend.address)]
         how = f"the endpoint is the client itself, so it sees {hairpin} instead (P9)."
@@ -243,11 +246,13 @@ def _hook(told: Explanation) -> Iterator[str]:
         yield in_words.get(scene.mode, f"the rules of mode {scene.mode} translate at {where}") + "."
         return
     if told.call.at_socket:
-        yield (
-            "the socket hooks at connect() and sendmsg(): the process names the service, the "
-            "kernel calls the endpoint, no packet is translated. They cannot be tried, so this is "
-            "from the model."
+        how = (
+            "the process names the service, the kernel calls the endpoint, no packet is translated"
         )
+        if told.prediction.verdict is not Verdict.FORWARDED:
+            how = "the call ends there"
+        yield f"the socket hooks at connect() and sendmsg(): {how}."
+        yield "They cannot be tried: this is from the model."
         if client.kind is Sources.POD:
             yield "A pod whose sockets they do not see (a sandbox) meets the tc program below."
     elif client.kind is Sources.NODE:
@@ -319,10 +324,7 @@ def _seen_by_backend(told: Explanation, backend: End) -> str:
     call, proof = told.call, told.proof
     if proof is not None and proof.outcome.hairpin and proof.outcome.after:
         return at(*proof.outcome.after.source)
-    masquerade = told.view is not None and told.prediction.masquerade(told.view, call, backend)
-    if proof is not None:
-        masquerade = proof.outcome.masquerade
-    if masquerade or (proof is None and backend[0] == call.client[0]):
+    if told.masquerades:
         return f"{told.scene.around.source_to(backend[0]) or 'this node'}:any"
     return at(*call.client) if call.client[0] else "node"
 
