@@ -20,7 +20,7 @@ from tests.vm.kernels import Kernel, NoKernel, Wanted
 LOGS = Path("test-logs/vm")
 RESULTS = "results/results.json"
 """Below a job's test-logs; `make behaviours` looks for them."""
-DEADLINE_S = 1500.0
+DEADLINE_S = 2400.0
 PYTEST = (
     *(".venv/bin/python", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"),
     *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
@@ -102,7 +102,10 @@ def _run(job: Job, kernel: Kernel, say: Callable[[str], None]) -> Row:
     shutil.rmtree(job.out, ignore_errors=True)
     begun = time.monotonic()
     try:
-        outcome = guest.run(kernel, job.command, job.out, deadline_s=DEADLINE_S)
+        # By a clock that counts instructions, a busy machine is no reason to fail.
+        outcome = guest.run(
+            kernel, job.command, job.out, deadline_s=DEADLINE_S, count_instructions=True
+        )
         status, failure = outcome.status, ""
     except GuestFailed as error:
         status, failure = 125, str(error)
