@@ -14,6 +14,8 @@ from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.model.net import Family
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module", params=list(Family), ids=lambda family: f"ipv{int(family)}")
 def rig(

@@ -99,6 +99,7 @@ def _map_id(path: Path) -> int:
         os.close(fd)
 
 
+@pytest.mark.compiles
 def test_second_start_compiles_nothing(tmp_path, monkeypatch):
     """A restart needs neither bcc nor headers nor LLVM, and takes milliseconds."""
     unit = _tiny_unit("return 0;")
@@ -112,6 +113,7 @@ def test_second_start_compiles_nothing(tmp_path, monkeypatch):
     assert time.perf_counter() - begun < 0.03
 
 
+@pytest.mark.compiles
 def test_artifact_of_another_machine_serves_where_there_is_no_bcc(tmp_path, monkeypatch):
     """A node without compiler runs what one with a compiler made of the same sources."""
     unit = _tiny_unit("return 0;")
@@ -123,6 +125,7 @@ def test_artifact_of_another_machine_serves_where_there_is_no_bcc(tmp_path, monk
         compiler.obtain([Family.V4], tmp_path, text=_tiny_unit("return 1;"))
 
 
+@pytest.mark.compiles
 def test_damaged_artifact_is_compiled_anew(tmp_path):
     """A file a full disk cut short costs one compile, no more."""
     unit = _tiny_unit("return 0;")
@@ -134,6 +137,7 @@ def test_damaged_artifact_is_compiled_anew(tmp_path):
     assert compiler.artifact.read(path) == made[Family.V4]
 
 
+@pytest.mark.compiles
 def test_compile_error_names_header_and_line(tmp_path):
     """The message points into the file a person edits, not into the joined text."""
     (tmp_path / "lib").mkdir()
@@ -156,6 +160,7 @@ def test_without_headers_the_error_says_what_to_install(tmp_path, monkeypatch):
         compiler.obtain([Family.V4], tmp_path, text=_tiny_unit("return 0;"))
 
 
+@pytest.mark.compiles
 def test_headers_of_another_kernel_serve(tmp_path, monkeypatch):
     """Debian's split tree is merged in the cache when the running kernel has none of its own."""
     root = tmp_path / "root"

@@ -64,7 +64,7 @@ def jobs(names: Sequence[str], only: Sequence[str] = ()) -> list[Job]:
             mode = WHOLE_OF[name]
             command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
             made.append(Job(name, f"behaviour-{mode}", command))
-        made.append(Job(name, "packet", (*PYTEST, "tests/packet")))
+        made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", "not compiles")))
         made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke")))
     chosen = [job for job in made if not only or job.what in only]
     return sorted(chosen, key=lambda job: not job.what.startswith("behaviour"))
