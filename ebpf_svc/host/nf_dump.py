@@ -45,7 +45,7 @@ from ebpf_svc.host.nf_tables import (
     Set,
     Table,
 )
-from ebpf_svc.host.nfnetlink import Socket
+from ebpf_svc.host.nfnetlink import SUBSYSTEM, Socket, header
 
 _TRIES = 5
 _KIND = 0x3FFF
@@ -117,12 +117,11 @@ def base_chains(socket: Socket, family: int) -> Iterator[tuple[str, str]]:
             yield found.name(1), found.name(7)
 
 
-def chain_names(socket: Socket, table: Table) -> Iterator[str]:
-    """The names of a table's chains; none when there is no such table."""
-    for body in socket.list(GETCHAIN, table.family):
-        found = _Found(attributes(body))
-        if found.name(1) == table.name:
-            yield found.name(3)
+def has_chain(socket: Socket, table: Table, name: str) -> bool:
+    """Whether a table, if there is one, has that chain."""
+    wanted = attribute(1, encode_name(table.name)) + attribute(3, encode_name(name))
+    request = (SUBSYSTEM << 8 | GETCHAIN, 0, header(table.family) + wanted)
+    return socket.requests([request]) == [None]
 
 
 def _read(socket: Socket, table: Table) -> Held | None:

@@ -16,13 +16,14 @@ from ebpf_svc.config import DetectLocal, DetectLocalMode, Settings
 from ebpf_svc.dataplane.nftables import family, loopback, probe
 from ebpf_svc.dataplane.nftables.dataplane import NftablesDataplane
 from ebpf_svc.dataplane.nftables.layout import LAYOUTS, Layout
-from ebpf_svc.host import nfnetlink, sysctl
+from ebpf_svc.host import kubeproxy, nf_owner, nfnetlink, sysctl
 from ebpf_svc.host.command import run
 from ebpf_svc.host.netlink import Failure
 from ebpf_svc.host.nf_tables import DELCHAIN, Rule
 from ebpf_svc.host.nfnetlink import Refused, Request
 from ebpf_svc.model.desired import DesiredState, Frontend, FrontendKind
 from ebpf_svc.model.net import Family, Sources
+from ebpf_svc.model.snapshot import Snapshot
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from ebpf_svc.testbed.cluster import Cluster
@@ -154,6 +155,31 @@ def test_law_holds_whatever_is_set(site: tuple[Node, Settings], data: st.DataObj
     states = [planner.plan(each) for each in data.draw(snapshot_sequences())]
     with node.namespace.entered():
         check_law(lambda: NftablesDataplane(chosen), node, states)
+
+
+@LAWS
+@given(snapshots=snapshot_sequences(max_size=6))
+def test_changes_add_up_to_the_whole(
+    site: tuple[Node, Settings], snapshots: list[Snapshot]
+) -> None:
+    """After any changes a look at everything, by us or by the next run, finds nothing to do."""
+    node, given_settings = site
+    planner = Planner(PlanOptions.from_settings(given_settings))
+    with node.namespace.entered():
+        made, next_run = NftablesDataplane(given_settings), NftablesDataplane(given_settings)
+        made.open()
+        try:
+            made.apply(DesiredState())
+            for desired in map(planner.plan, snapshots):
+                assert made.apply(desired).failed == ()
+                run(["nft", "add table inet somebody; delete table inet somebody"])
+                report = made.apply(desired, resync=True)
+                assert (report.writes, report.repaired) == (0, ())
+                next_run.open()
+                assert next_run.apply(desired).writes == 0
+        finally:
+            next_run.close()
+            made.cleanup()
 
 
 @pytest.mark.parametrize("services", [10, 1000])
@@ -395,6 +421,22 @@ def test_tables_of_others_are_left_alone(node: Node, site: tuple[Node, Settings]
         assert "kube-proxy" in node.run(["nft", "list", "tables"])
     finally:
         node.run(["nft", "delete", "table", *TABLE.split()])
+
+
+def test_table_that_kube_proxy_went_on_with_is_its_own(
+    made: NftablesDataplane, node: Node, site: tuple[Node, Settings]
+) -> None:
+    """It keeps our comment, but removes our chain: cleanup leaves such a table alone."""
+    made.apply(some_services())
+    assert kubeproxy.nft_tables() == ()
+    run(["nft", f"delete chain {TABLE} {nf_owner.SIGN_CHAIN.name}"])
+    assert kubeproxy.nft_tables() == (TABLE,)
+    NftablesDataplane(site[1]).cleanup()
+    tables = node.run(["nft", "list", "tables"])
+    assert f"table {TABLE}" in tables
+    assert "ip6 kube-proxy" not in tables
+    kubeproxy.remove_nft_tables()
+    assert "kube-proxy" not in node.run(["nft", "list", "tables"])
 
 
 def test_retiring_keeps_translating_what_is_open(made: NftablesDataplane, node: Node) -> None:

@@ -61,6 +61,11 @@ def _range(held: Held, layout: Layout, rules: tuple[Rule, ...], taken: set[int])
     return found
 
 
+def maps(held: Held) -> set[str]:
+    """Maps of endpoints that are there, used or not."""
+    return {name for name in held.sets if name.startswith(names.SERVICE_ENDPOINTS)}
+
+
 def balanced(rules: tuple[Rule, ...]) -> tuple[str, range] | None:
     """The map and the numbers that a chain chooses from; None when it does not."""
     if len(rules) != 1:

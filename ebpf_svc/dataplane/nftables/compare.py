@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ebpf_svc.dataplane.nftables import layout as names
 from ebpf_svc.dataplane.nftables.content import Chained, Change, Content, Owner
 from ebpf_svc.host.nf_dump import Held
+from ebpf_svc.host.nf_owner import COMMENT, is_signed
 from ebpf_svc.host.nf_tables import DYNAMIC, Element, Set
 
 
@@ -111,15 +111,15 @@ def compare(
     change = Change()
     wrong: list[str] = []
     if held is None:
-        change.table_comment = names.TABLE_COMMENT
+        change.table_comment = COMMENT
         wrong.append("the table was missing")
         held = Held()
     elif is_strange(held, wanted):
-        change.table_comment, change.replace = names.TABLE_COMMENT, True
+        change.table_comment, change.replace = COMMENT, True
         wrong.append("the table was somebody else's")
         held = Held()
     elif held.flags:
-        change.table_comment = names.TABLE_COMMENT
+        change.table_comment = COMMENT
         wrong.append("the table was switched off")
     is_empty = not held.chains and not held.sets
     found = [] if is_empty else wrong
@@ -134,7 +134,7 @@ def compare(
 
 def is_strange(held: Held, wanted: Whole) -> bool:
     """Whether a table is not of our making, or of a make that cannot be mended."""
-    if not held.comment.startswith(names.SIGN):
+    if not is_signed(held):
         return True
     return any(
         name in held.sets and _shape(held.sets[name]) != _shape(one)

@@ -20,10 +20,12 @@ from ebpf_svc.dataplane.nftables import loopback, probe, views
 from ebpf_svc.dataplane.nftables.content import Content
 from ebpf_svc.dataplane.nftables.family import Blamed, FamilyTable, Written
 from ebpf_svc.dataplane.nftables.frame import frame
-from ebpf_svc.dataplane.nftables.layout import LAYOUTS, NAT, SIGN, TABLE, Layout
+from ebpf_svc.dataplane.nftables.layout import LAYOUTS, NAT, Layout
 from ebpf_svc.dataplane.nftables.writer import Writer
 from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
-from ebpf_svc.host.nf_dump import base_chains, chain_names, read_table, table_comment
+from ebpf_svc.host.nf_dump import base_chains, has_chain, read_table
+from ebpf_svc.host.nf_owner import NAME as TABLE
+from ebpf_svc.host.nf_owner import is_ours, is_signed
 from ebpf_svc.host.nfnetlink import Refused, Socket
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey, ServicePlan
 from ebpf_svc.model.identity import differences
@@ -213,7 +215,7 @@ class NftablesDataplane:
         with closing(Socket()) as socket:
             for layout in self._layouts:
                 held = read_table(socket, layout.table)
-                if held is not None and held.comment.startswith(SIGN):
+                if held is not None and is_signed(held):
                     found |= views.read(held, layout)
         return found
 
@@ -225,7 +227,7 @@ class NftablesDataplane:
         with closing(Socket()) as socket:
             for layout in self._layouts:
                 held = read_table(socket, layout.table)
-                if held is None or not held.comment.startswith(SIGN):
+                if held is None or not is_signed(held):
                     continue
                 place = f"table {'ip' if layout.family is Family.V4 else 'ip6'} {TABLE}"
                 for chain in sorted(held.chains.values(), key=lambda chain: chain.name):
@@ -249,7 +251,7 @@ class NftablesDataplane:
         return all(done)
 
     def _retire(self, socket: Socket, layout: Layout) -> bool:
-        if not _is_ours(socket, layout):
+        if not is_ours(socket, layout.table):
             return True
         held = read_table(socket, layout.table)
         if held is not None:
@@ -279,7 +281,7 @@ class NftablesDataplane:
                 if _has_marker(socket):
                     loopback.turn_off()
                 for layout in LAYOUTS.values():
-                    if _is_ours(socket, layout):
+                    if is_ours(socket, layout.table):
                         socket.commit([layout.table.remove()])
         except Refused as refused:
             if not refused.has_only(errno.ENOENT):
@@ -292,14 +294,9 @@ class NftablesDataplane:
         return [LAYOUTS[family] for family in self._settings.families]
 
 
-def _is_ours(socket: Socket, layout: Layout) -> bool:
-    comment = table_comment(socket, layout.table)
-    return comment is not None and comment.startswith(SIGN)
-
-
 def _has_marker(socket: Socket) -> bool:
     table = LAYOUTS[Family.V4].table
-    return any(name == loopback.MARKER for name in chain_names(socket, table))
+    return is_ours(socket, table) and has_chain(socket, table, loopback.MARKER)
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

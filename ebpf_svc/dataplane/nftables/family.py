@@ -134,6 +134,7 @@ class FamilyTable:
         held = read_table(self._writer.socket, self._layout.table)
         if not self._is_adopted and held is not None:
             self._slots, self._ranges = adopt.ranges(held, self._layout, plans)
+            self._maps = adopt.maps(held)
         whole = Whole()
         whole.include(frame, None)
         ranges: dict[PlanKey, Ranges] = {}

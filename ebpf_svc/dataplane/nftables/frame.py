@@ -23,6 +23,7 @@ from ebpf_svc.host.nf_expr import (
     Payload,
     Reject,
 )
+from ebpf_svc.host.nf_owner import SIGN_CHAIN
 from ebpf_svc.host.nf_tables import Chain, Rule
 from ebpf_svc.model.net import Family, Protocol, family_of
 
@@ -65,6 +66,7 @@ def frame(
     content = Content()
     for one in layout.sets():
         content.sets[one.name] = one
+    content.chains[SIGN_CHAIN.name] = Chained(SIGN_CHAIN, ())
     rules = dict(_inner_chains(layout, mark, pods, masquerade_all, service_cidrs))
     for name, of_chain in rules.items():
         content.chains[name] = Chained(Chain(name), of_chain)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 from ebpf_svc.host import nf_expr as nf
 from ebpf_svc.host.nf_expr import Expression, Lookup, Meta, Payload, Verdict
+from ebpf_svc.host.nf_owner import TABLES
 from ebpf_svc.host.nf_tables import (
     INET_PROTO,
     INET_SERVICE,
     INTEGER,
-    IPV4,
     IPV4_ADDR,
-    IPV6,
     IPV6_ADDR,
     MAP,
     VERDICT,
@@ -29,11 +28,6 @@ from ebpf_svc.host.nf_tables import (
     pad,
 )
 from ebpf_svc.model.net import Family
-
-TABLE = "kube-proxy"
-SIGN = "ebpf-svc"
-"""What our tables' comment starts with."""
-TABLE_COMMENT = f"{SIGN}: rules for Services"
 
 CLUSTER_IPS, NODEPORT_IPS = "cluster-ips", "nodeport-ips"
 HAIRPIN = "hairpin-connections"
@@ -229,9 +223,9 @@ def _typeof_endpoints(description: int, field: int) -> bytes:
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 LAYOUTS = {
     Family.V4: Layout(
-        Family.V4, Table(IPV4, TABLE), IPV4_ADDR, 12, 16, 3, _typeof_endpoints(_DESC_IP, 12)
+        Family.V4, TABLES[Family.V4], IPV4_ADDR, 12, 16, 3, _typeof_endpoints(_DESC_IP, 12)
     ),
     Family.V6: Layout(
-        Family.V6, Table(IPV6, TABLE), IPV6_ADDR, 8, 24, 4, _typeof_endpoints(_DESC_IP6, 9)
+        Family.V6, TABLES[Family.V6], IPV6_ADDR, 8, 24, 4, _typeof_endpoints(_DESC_IP6, 9)
     ),
 }
