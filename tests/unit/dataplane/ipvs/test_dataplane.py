@@ -196,6 +196,7 @@ def test_only_cluster_ips_are_bound_besides_another_device(machine: Machine) -> 
     ]
     make().apply(state(make_plan("web", *frontends)))
     assert machine.addresses == {ELSEWHERE: 2, "198.51.100.1": 7}
+    assert machine.told["addresses"] == 1
 
 
 def test_changed_affinity_and_scheduler_change_the_virtual_server(machine: Machine) -> None:
