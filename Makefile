@@ -10,7 +10,7 @@ rings := lint unit golden deploy packet bench behaviour
 # What `make image` installs, and nothing else needs.
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
-emulator := qemu-system-x86 kmod e2fsprogs
+emulator := qemu-system-x86 busybox-static kmod e2fsprogs
 # make behaviour K=nodeport ARGS=-x
 K ?=
 ARGS ?=
