@@ -23,6 +23,9 @@ class Endpoint:
     ready: bool = True
     serving: bool = True
     terminating: bool = False
+    zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    """Hints: zones and nodes this endpoint is meant for (E7)."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,10 @@ class Web:
                         "serving": one.serving,
                         "terminating": one.terminating,
                     },
+                    "hints": {
+                        "forZones": [{"name": zone} for zone in one.zones],
+                        "forNodes": [{"name": node} for node in one.nodes],
+                    },
                 }
                 for one in endpoints
             ],
@@ -159,13 +166,21 @@ class Web:
         return Target(address, self.node_port, protocol, **options)
 
 
+def zone_of(node: Node) -> str:
+    """Every node has a zone of its own (N5)."""
+    return f"zone-{node.name}"
+
+
 def node_manifests(nodes: Sequence[Node]) -> list[dict[str, Any]]:
     """The Node objects of a cluster."""
     return [
         {
             "apiVersion": "v1",
             "kind": "Node",
-            "metadata": {"name": node.name},
+            "metadata": {
+                "name": node.name,
+                "labels": {"topology.kubernetes.io/zone": zone_of(node)},
+            },
             "status": {
                 "addresses": [{"type": "InternalIP", "address": one} for one in node.addresses]
             },
