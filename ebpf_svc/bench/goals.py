@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from ebpf_svc.bench.figures import Comparison, Figure
 from ebpf_svc.bench.plots import relative_rounds
+from ebpf_svc.bench.variants import DIRECT
 
 BACKENDS = 10
 FLAT_WITHIN = 0.02
+IPVS_SHARE = 0.4
+"""With kernel forwarding, of what ipvs adds to a direct connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,23 @@ def of_comparison(comparison: Comparison) -> Iterator[Goal]:
         goal = _flat(comparison, name)
         if goal is not None:
             yield goal
+    yield from _beside_ipvs(comparison, at)
+
+
+def _beside_ipvs(comparison: Comparison, services: int) -> Iterator[Goal]:
+    """What a connection costs more than a direct one, beside what ipvs adds."""
+    figure = _figure(comparison, "connect", services)
+    if figure is None or "ipvs" not in figure.samples:
+        return
+    direct_us = 1e6 / figure.median(DIRECT)
+    ipvs_us = 1e6 / figure.median("ipvs") - direct_us
+    for name, most in (("ebpf-tc", IPVS_SHARE), ("ebpf-fast", 0.0)):
+        if name in figure.samples:
+            added_us = 1e6 / figure.median(name) - direct_us
+            sentence = f"{name}: adds to a connection at most {most:g} of what ipvs adds"
+            share = added_us / ipvs_us
+            measured = f"{share:.2f} ({added_us:+.1f} µs of {ipvs_us:+.1f} µs)"
+            yield Goal(sentence, measured, share <= most)
 
 
 def _figure(comparison: Comparison, key: str, services: int) -> Figure | None:

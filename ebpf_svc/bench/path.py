@@ -17,6 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ebpf_svc.bench import figures, generator, measures, report, tables, vm
 from ebpf_svc.bench.document import html
@@ -27,7 +28,7 @@ from ebpf_svc.bench.population import Population
 from ebpf_svc.bench.progress import Progress
 from ebpf_svc.bench.record import environment
 from ebpf_svc.bench.site import Site
-from ebpf_svc.bench.variants import DEFAULT, WAYS, Way, choose
+from ebpf_svc.bench.variants import DEFAULT, KUBE_PROXIES, WAYS, Way, choose
 from ebpf_svc.config import EbpfSettings, Settings
 from ebpf_svc.errors import EbpfSvcError
 from ebpf_svc.testbed import addressing
@@ -58,6 +59,8 @@ class Options:
     """Keys; none = all."""
     full_at: int = FULL_AT
     """Services at which everything is measured."""
+    kube_proxy: Path | None = None
+    """The real one, for the variants that need it."""
 
     @classmethod
     def short(cls) -> Options:
@@ -75,7 +78,7 @@ def run(options: Options, *, command: str = "") -> Comparison:
     # A guest is given programs that were compiled outside.
     cache_dir = Path(os.environ.get("EBPF_SVC_ARTIFACTS") or EbpfSettings().cache_dir)
     told = Settings(cluster_cidrs=addressing.CLUSTER_CIDRS, ebpf=EbpfSettings(cache_dir=cache_dir))
-    ways, variants = choose(options.variants, told)
+    ways, variants = choose(options.variants, told, options.kube_proxy)
     for variant in variants:
         if variant.skipped:
             progress.done(f"{variant.name}: skipped: {variant.skipped}")
@@ -83,7 +86,7 @@ def run(options: Options, *, command: str = "") -> Comparison:
         "path",
         variants,
         {**environment(), "command": command, "where": os.environ.get(vm.GUEST, "")},
-        parameters=asdict(options),
+        parameters=_plain(options),
     )
     with ExitStack() as undo:
         binary = generator.program(EbpfSettings().cache_dir)
@@ -98,6 +101,7 @@ def run(options: Options, *, command: str = "") -> Comparison:
                     cpu=_cpu(),
                     update=_sized(way, options),
                     tracked=way.tracked,
+                    kube_proxy=options.kube_proxy if way.is_kube_proxy else None,
                 )
                 sites[way.place] = undo.enter_context(closing(site))
         _Run(options, comparison, ways, sites, binary, progress).all()
@@ -157,7 +161,7 @@ class _Run:
     def _grow(self, services: int) -> None:
         programmed = self.comparison.parameters.setdefault("programmed_s", {})
         for name, site in self.sites.items():
-            if site.has_agent:
+            if site.is_programmed:
                 self.progress.doing(f"{name}: {services:,} services")
                 took_s = site.grow(Population(services, self.options.endpoints))
                 programmed[f"{name} {services}"] = round(took_s, 2)
@@ -257,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         endpoints=given.endpoints,
         rounds=given.rounds or base.rounds,
         ms=given.ms or base.ms,
-        variants=tuple(given.variants),
+        variants=tuple(given.variants or (*DEFAULT, *(KUBE_PROXIES if given.kube_proxy else ()))),
         measures=tuple(given.measures or ()),
+        kube_proxy=given.kube_proxy.resolve() if given.kube_proxy else None,
         full_at=base.full_at if base.full_at in services else services[-1],
     )
     command = shlex.join(["ebpf-svc", "bench", "path", *words])
@@ -277,17 +282,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_in_vm(kernel: str, options: Options, command: str) -> Comparison:
     """The same inside a virtual machine, as it was told by its JSON."""
-    told = asdict(options)
+    told = _plain(options)
     words = [str(word) for name in ("services", "variants") for word in (f"--{name}", *told[name])]
     for name in ("endpoints", "rounds", "ms"):
         words += [f"--{name}", str(told[name])]
     if options.measures:
         words += ["--measures", *options.measures]
+    if options.kube_proxy is not None:
+        words += ["--kube-proxy", str(options.kube_proxy)]
     document = vm.run(kernel, "path", words)
     comparison = Comparison.of(figures.read(document))
     document.unlink()
     comparison.environment["command"] = command
     return comparison
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """As JSON has it."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -297,13 +312,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write a report with plots there")
     inside = "inside a virtual machine whose clock counts instructions"
+    real = "a kube-proxy binary, to be measured in each of its modes, too"
+    parser.add_argument("--kube-proxy", type=Path, metavar="PATH", help=real)
     parser.add_argument("--vm", nargs="?", const=vm.KERNEL, metavar="KERNEL", help=inside)
     parser.add_argument("--short", action="store_true", help="less of all, in under a minute")
     parser.add_argument("--services", type=int, nargs="+", metavar="N")
     parser.add_argument("--endpoints", type=int, default=ENDPOINTS, metavar="N")
     parser.add_argument("--rounds", type=int, metavar="N")
     parser.add_argument("--ms", type=int, metavar="N", help="length of a sample")
-    parser.add_argument("--variants", nargs="+", choices=names, default=DEFAULT, metavar="NAME",
+    parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME",
                         help=f"of {', '.join(names)}")  # fmt: skip
     parser.add_argument("--measures", nargs="+", choices=keys, metavar="KEY",
                         help=f"of {', '.join(keys)}")  # fmt: skip

@@ -92,13 +92,17 @@ class Population:
             after: how many services the folder holds already.
         """
         for start in range(after, self.services, _PER_FILE):
-            items = [
-                item
-                for i in range(start, min(start + _PER_FILE, self.services))
-                for item in self._manifests(i)
-            ]
+            items = list(self._objects(start, min(start + _PER_FILE, self.services)))
             document = {"apiVersion": "v1", "kind": "List", "items": items}
             (folder / f"services-{start:06}.json").write_text(json.dumps(document))
+
+    def objects(self, *, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The same objects, one by one."""
+        return self._objects(after, self.services)
+
+    def _objects(self, first: int, end: int) -> Iterator[dict[str, Any]]:
+        for i in range(first, end):
+            yield from self._manifests(i)
 
     def _service(self, i: int, name: ServiceName) -> Service:
         return Service(

@@ -21,8 +21,8 @@ from typing import Any
 
 from ebpf_svc.bench.generator import Server, cpu_ns_of
 from ebpf_svc.bench.population import Population
+from ebpf_svc.bench.serving import KubeProxy, OurAgent, Serving
 from ebpf_svc.config import Settings
-from ebpf_svc.testbed.agent import Agent, AgentError
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
@@ -40,7 +40,6 @@ _NAMESPACE = "zz-bench"
 _OWN_PORTS = (len(_VIPS) + 2) * 4
 """Service ports of ours: two numbers, two protocols each."""
 _SLICE_ENDPOINTS = 100
-_PROGRAMMED_S = 600.0
 _TRACKING = """
 table ip bench {
     chain postrouting { type nat hook postrouting priority srcnat; meta mark 0xfeed masquerade; }
@@ -62,18 +61,18 @@ class Site:
         cpu: int,
         update: Mapping[str, Any] | None = None,
         tracked: bool = False,
+        kube_proxy: Path | None = None,
     ) -> None:
         """Build it; nothing is served before `grow`.
 
         Args:
             mode: of the agent; None = no agent.
+            kube_proxy: the binary that serves in that mode instead of our agent.
             update: settings that differ, by section or name.
             tracked: the nodes track connections whether a mode needs it or not.
         """
         self._undo = ExitStack()
-        self._services = 0
-        self._agent: Agent | None = None
-        self._agent_pid = 0
+        self._serving: Serving | None = None
         try:
             self.cluster = self._undo.enter_context(
                 Cluster.create(
@@ -88,12 +87,15 @@ class Site:
                 for node in (near, far):
                     node.run(["nft", "-f", "-"], stdin=_TRACKING)
             self.servers = tuple(self._serve(pod, binary, cpu) for pod in self._webs)
-            self.manifests = self.cluster.folder / "manifests"
-            self.manifests.mkdir()
-            _write(self.manifests / "bench.json", list(_own_objects()))
             if mode is not None:
-                settings = _updated(self.cluster.settings(near, self.manifests), update or {})
-                self._agent = Agent(near, settings, mode=mode)
+                if kube_proxy is not None:
+                    self._serving = KubeProxy(near, kube_proxy, mode, _own_objects())
+                else:
+                    manifests = self.cluster.folder / "manifests"
+                    manifests.mkdir()
+                    settings = _updated(self.cluster.settings(near, manifests), update or {})
+                    self._serving = OurAgent(near, settings, mode, _own_objects())
+                self._undo.callback(self._serving.close)
         except BaseException:
             self.close()
             raise
@@ -110,36 +112,21 @@ class Site:
     def cpu_ns(self, *, with_agent: bool) -> int:
         """CPU time of the servers so far; of the agent too, where it relays."""
         total = sum(server.cpu_ns() for server in self.servers)
-        return total + (cpu_ns_of(self._agent_pid) if with_agent else 0)
+        return total + (cpu_ns_of(self._serving.pid) if with_agent and self._serving else 0)
 
     @property
-    def has_agent(self) -> bool:
-        return self._agent is not None
+    def is_programmed(self) -> bool:
+        return self._serving is not None
 
     def grow(self, population: Population) -> float:
-        """Let the agent serve so many services besides those measured; seconds until it does.
+        """Have so many services served besides those measured; seconds until they are.
 
         Raises:
-            AgentError: it did not get there, or says that something failed.
+            EbpfSvcError: it did not get there, or says that something failed.
         """
         begun = time.monotonic()
-        if self._agent is None:
-            return 0.0
-        population.write_manifests(self.manifests, after=self._services)
-        self._services = population.services
-        if not self._agent.running:
-            self._undo.callback(self._agent.cleanup)
-            self._agent.start(wait=False)
-            self._undo.callback(self._agent.stop)
-        deadline = begun + _PROGRAMMED_S
-        wanted = population.services + _OWN_PORTS
-        while (status := self._agent.status()).get("services", {}).get("ports") != wanted:
-            if not self._agent.running or time.monotonic() > deadline:
-                raise AgentError(f"{wanted} service ports are not served", self._agent.log_tail())
-            time.sleep(0.02)
-        self._agent_pid = int(status["pid"])
-        if status["failed"]:
-            raise AgentError(f"not all is served: {status['failed'][:3]}", self._agent.log_tail())
+        if self._serving is not None:
+            self._serving.grow(population, population.services + _OWN_PORTS)
         return time.monotonic() - begun
 
     def _serve(self, pod: Pod, binary: Path, cpu: int) -> Server:
@@ -188,10 +175,6 @@ def _updated(settings: Settings, update: Mapping[str, Any]) -> Settings:
 
 def _backend(prefix: str, number: int) -> str:
     return str(ipaddress.ip_network(prefix)[number + 1])
-
-
-def _write(path: Path, items: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
 
 def _own_objects() -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ebpf_svc.bench.figures import Variant
@@ -30,6 +31,9 @@ class Way:
     tracked: bool = False
     """Without an agent: let the kernel track connections all the same."""
 
+    is_kube_proxy: bool = False
+    """The real kube-proxy serves, in that mode."""
+
     @property
     def relays(self) -> bool:
         """The agent itself carries the traffic: its CPU time is part of the way."""
@@ -52,15 +56,23 @@ WAYS = (
     Way("iptables", "iptables", "iptables"),
     Way("ipvs", "ipvs", "ipvs"),
     Way("userspace", "userspace", "userspace"),
+    *(
+        Way(f"kube-proxy-{mode}", f"kube-proxy, {mode}", mode, is_kube_proxy=True)
+        for mode in ("nftables", "iptables", "ipvs")
+    ),
 )  # fmt: skip
-DEFAULT = tuple(way.name for way in WAYS if way.name != "userspace")
+KUBE_PROXIES = tuple(way.name for way in WAYS if way.is_kube_proxy)
+DEFAULT = tuple(way.name for way in WAYS if way.name not in ("userspace", *KUBE_PROXIES))
 
 
-def choose(names: Sequence[str], settings: Settings) -> tuple[list[Way], list[Variant]]:
+def choose(
+    names: Sequence[str], settings: Settings, kube_proxy: Path | None = None
+) -> tuple[list[Way], list[Variant]]:
     """The ways of these names that run here, and all of them as variants, with reasons.
 
     Args:
         settings: what agents will be told, as far as it decides whether they run.
+        kube_proxy: the real one's binary, if there is one.
 
     Raises:
         KeyError: there is no way of that name.
@@ -73,6 +85,8 @@ def choose(names: Sequence[str], settings: Settings) -> tuple[list[Way], list[Va
         if way.mode not in reasons:
             reasons[way.mode] = _reason_against(way.mode, settings)
         reason = reasons[way.mode]
+        if way.is_kube_proxy and not reason and not (kube_proxy and kube_proxy.is_file()):
+            reason = "no kube-proxy was given (--kube-proxy PATH)"
         variants.append(Variant(way.name, way.title, reason))
         if not reason:
             ways.append(way)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from ebpf_svc.bench import path
+from ebpf_svc.bench.serving import is_settled
 
 
 @pytest.mark.root
@@ -25,3 +27,51 @@ def test_benchmark_measures_every_variant_in_turns(
     assert all(len(each) == 2 for each in by_key["bulk-mtu"]["samples"].values())
     assert 0 < document["environment"]["generator_share"] < 1
     assert "eBPF, tc only" in capsys.readouterr().out
+
+
+STAND_IN = """#!{python}
+# Our own agent under kube-proxy's flags: it has the metrics the benchmark waits for.
+import json, os, sys
+told = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
+settings = {{
+    "node_name": told["hostname-override"], "cluster_cidrs": [told["cluster-cidr"]],
+    "kubernetes": {{"master": told["master"]}},
+    "run_dir": "{folder}/run", "state_dir": "{folder}/state",
+}}
+with open("{folder}/settings.json", "w") as file:
+    json.dump(settings, file)
+os.execv("{python}", ["{python}", "-m", "ebpf_svc.cli", "run", "--mode", told["proxy-mode"],
+                      "--config", "{folder}/settings.json"])
+"""
+
+
+@pytest.mark.root
+def test_real_kube_proxy_is_a_variant_when_it_is_given(tmp_path: Path) -> None:
+    """It is fed by an API server of its node; without a binary the variant says so."""
+    binary, target = tmp_path / "kube-proxy", tmp_path / "path.json"
+    binary.write_text(STAND_IN.format(python=sys.executable, folder=tmp_path))
+    binary.chmod(0o755)
+    words = ["--short", "--services", "3", "10", "--rounds", "1", "--ms", "20"]
+    words += ["--json", str(target), "--measures", "connect", "nodeport-far"]
+    words += ["--variants", "direct", "kube-proxy-nftables"]
+    assert path.main([*words, "--kube-proxy", str(binary)]) == 0
+    document = json.loads(target.read_text())
+    assert {"connect", "nodeport-far"} == {each["key"] for each in document["figures"]}
+    assert all(len(each["samples"]) == 2 for each in document["figures"])
+    assert path.main([*words, "--variants", "direct", "kube-proxy-ipvs"]) == 0
+    (_, skipped) = json.loads(target.read_text())["variants"]
+    assert skipped["skipped"]
+
+
+def test_kube_proxy_has_settled_when_nothing_is_pending() -> None:
+    """Of both families, and later than what it was given."""
+    name = "kubeproxy_sync_proxy_rules"
+    idle = f"""{name}_endpoint_changes_pending 0
+{name}_service_changes_pending 0
+{name}_last_timestamp_seconds{{ip_family="IPv4"}} 1.7e+09
+{name}_last_timestamp_seconds{{ip_family="IPv6"}} 1.6e+09
+"""
+    assert is_settled(idle, 1.69e9)
+    assert not is_settled(idle, 1.71e9)
+    assert not is_settled(idle.replace("service_changes_pending 0", "service_changes_pending 3"), 0)
+    assert not is_settled("", 0)

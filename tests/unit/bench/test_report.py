@@ -129,3 +129,17 @@ def test_compare_reads_records_and_refuses_other_benchmarks(tmp_path: Path) -> N
 def test_grid_lines_stand_at_round_values(most: float, step: float) -> None:
     """About five of them."""
     assert nice_step(most) == pytest.approx(step)
+
+
+def test_what_we_add_is_held_against_what_ipvs_adds() -> None:
+    """Direct 10 µs, ipvs 20, tc 14: four tenths; the fast path may add nothing."""
+    figure = _comparison().figures[1]
+    figure.samples = {
+        "direct": [100_000.0], "ipvs": [50_000.0], "ebpf-tc": [1e6 / 14], "ebpf-fast": [90_000.0]
+    }  # fmt: skip
+    comparison = _comparison()
+    comparison.figures = [figure]
+    found = {goal.sentence.partition(":")[0]: goal for goal in goals.of_comparison(comparison)
+             if "ipvs" in goal.sentence}  # fmt: skip
+    assert found["ebpf-tc"].measured.startswith("0.40 (+4.0 µs of +10.0 µs)")
+    assert not found["ebpf-fast"].holds
