@@ -17,7 +17,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image vm behaviours behaviours-page bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm behaviours behaviour-page bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -74,9 +74,9 @@ vm: need-root bootstrap ## programs, packets and a behaviour a promise on other 
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(emulator) >/dev/null; }
 	@$(python) -m tests.vm ring $(ARGS)
 
-behaviours: behaviour behaviours-page ## docs/behaviours.md from a run of the behaviour ring and what the vm ring left (root)
+behaviours: behaviour behaviour-page ## docs/behaviours.md from a run of the behaviour ring and what the vm ring left (root)
 
-behaviours-page: bootstrap ## docs/behaviours.md from what whole runs of both rings left, running nothing
+behaviour-page: bootstrap ## docs/behaviours.md from what whole runs of both rings left, running nothing
 	@$(python) -m tests.lib.behaviours docs/behaviours.md $$(find test-logs -path '*/results/*.json')
 
 bench: need-root bootstrap ## every benchmark, small, and counts that must not grow (root)
