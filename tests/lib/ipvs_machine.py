@@ -211,6 +211,7 @@ class MemoryFirewall:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.failure_counts = dict.fromkeys(Family, 0)
 
     def apply(self) -> tuple[int, tuple[str, ...]]:
         if self.machine.has_rules:

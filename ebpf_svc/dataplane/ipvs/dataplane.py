@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Support
-from ebpf_svc.dataplane.inspect import KernelPart
+from ebpf_svc.dataplane.inspect import KernelPart, Series
 from ebpf_svc.dataplane.ipvs import check, firewall, readback, render, state
 from ebpf_svc.dataplane.ipvs.firewall import Firewall
 from ebpf_svc.dataplane.ipvs.kernel import Kernel, Refused
@@ -30,7 +30,6 @@ from ebpf_svc.host import dummy, ipvs, sysctl
 from ebpf_svc.host.command import run
 from ebpf_svc.host.ipvs import ServerKey
 from ebpf_svc.host.kubeproxy import LINK
-from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import (
     DesiredState,
     FrontendKey,
@@ -53,7 +52,7 @@ _REUSE_MENDED = (5, 9)
 """From this kernel on a client's port that is used again goes to another real server unharmed."""
 _STRICT_ARP = {"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"}
 
-log = get_logger(__name__)
+_FAILURES = "kubeproxy_sync_proxy_rules_iptables_restore_failures_total"
 
 
 @dataclass(slots=True)
@@ -200,6 +199,12 @@ class IpvsDataplane:
         yield KernelPart("device", LINK, "", f"{len(found.addresses)} addresses")
         for name, entries in found.sets.items():
             yield KernelPart("ipset", name, "", f"{len(entries)} elements")
+
+    def series(self) -> Iterator[Series]:
+        """kube-proxy's counters of this mode; nothing while not open."""
+        counts = self._running.firewall.failure_counts if self._running else {}
+        for family, count in counts.items():
+            yield Series(_FAILURES, {"ip_family": family.label}, count)
 
     def retire(self) -> bool:
         """Give all real servers weight 0; True once none has a connection left (V11)."""

@@ -13,6 +13,7 @@ from ebpf_svc.dataplane.inspect import KernelPart
 from ebpf_svc.dataplane.ipvs import rules
 from ebpf_svc.dataplane.ipvs.rules import RuleOptions
 from ebpf_svc.dataplane.netfilter import tools
+from ebpf_svc.errors import CommandError
 from ebpf_svc.host import iptables
 from ebpf_svc.host.iptables import Table, Variant
 from ebpf_svc.model.net import Family
@@ -28,6 +29,8 @@ class Firewall:
             for family, variant in chosen.items()
         }
         self._wording: dict[Variant, rules.Wording] = {}
+        self.failure_counts = dict.fromkeys(chosen, 0)
+        """Times the tool refused, by family."""
 
     def apply(self) -> tuple[int, tuple[str, ...]]:
         """Write what is missing or changed; returns how many rules, and what was amiss in words.
@@ -41,15 +44,18 @@ class Firewall:
             wording = self._wording.get(variant, {})
             changes = rules.difference(options, variant.save(), wording)
             if changes.text:
-                variant.restore(changes.text)
+                self._restore(variant, changes.text)
                 self._wording[variant] = rules.wording_of(options, variant.save())
             count += changes.count
             found += changes.found
         return count, tuple(found)
 
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        return tuple(self._options)
+    def _restore(self, variant: Variant, text: str) -> None:
+        try:
+            variant.restore(text)
+        except CommandError:
+            self.failure_counts[variant.family] += 1
+            raise
 
 
 def ours() -> Iterator[tuple[Variant, Mapping[str, Table]]]:
