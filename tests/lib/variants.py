@@ -31,6 +31,7 @@ VARIANTS = {
             {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True, "xdp": True},
         ),
         Variant("nftables", "nftables"),
+        Variant("ipvs", "ipvs"),
         Variant("iptables", "iptables"),
         Variant("userspace", "userspace"),
     )
