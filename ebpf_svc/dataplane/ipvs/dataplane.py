@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import platform
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class IpvsDataplane:
         self._options = Options.from_settings(settings)
         self._excluded = [ipaddress.ip_network(each) for each in settings.ipvs.exclude_cidrs]
         self._running: _Running | None = None
+        self._lock = threading.RLock()
+        """Sockets are for one thread at a time: who reads and who applies take turns."""
 
     def check(self) -> Support:
         """Look for IPVS, sets, dummy devices and iptables; what is tried is undone."""
@@ -148,6 +151,10 @@ class IpvsDataplane:
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
+        with self._lock:
+            return self._apply(desired, resync=resync)
+
+    def _apply(self, desired: DesiredState, *, resync: bool) -> ApplyReport:
         running = self._running
         if running is None:
             raise DataplaneError("apply before open")
@@ -218,9 +225,10 @@ class IpvsDataplane:
 
     def close(self) -> None:
         """Stop working; the kernel goes on by itself (Z2)."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.kernel.close()
+        with self._lock:
+            running, self._running = self._running, None
+            if running is not None:
+                running.kernel.close()
 
     def cleanup(self) -> None:
         """Remove what is ours; virtual servers of others stay, and all of a real kube-proxy's.
@@ -257,7 +265,8 @@ class IpvsDataplane:
         """The kernel and what it holds, whether we are open or not; None = nothing of ours."""
         running = self._running
         if running is not None:
-            yield running.kernel, running.kernel.read(running.families)
+            with self._lock:
+                yield running.kernel, running.kernel.read(running.families)
         elif not dummy.index_of(LINK) or not any(True for _ in firewall.ours()):
             yield None
         else:
