@@ -33,7 +33,7 @@ WEB = Web(1)
 PING_S = 0.05
 DRAIN_S = 60.0
 LOSSY = {
-    "ebpf": "while a clsact qdisc comes or goes the kernel drops what its device sends (qdisc_graft)",
+    "ebpf": "while a clsact qdisc comes or goes, the kernel drops what its device sends",
     "userspace": "UDP flows are made to ask the rules anew: an answer under way is not translated",
 }
 """Modes which one cannot come from or go to without losing a packet under way, with why."""
