@@ -45,7 +45,7 @@ class Serving(Protocol):
         """
 
     def close(self) -> None:
-        """End it and remove what it wrote."""
+        """End it."""
 
 
 class OurAgent:
@@ -76,8 +76,8 @@ class OurAgent:
         self.pid = int(status["pid"])
 
     def close(self) -> None:
-        self._agent.stop()
-        self._agent.cleanup()
+        # What it wrote goes with the node's namespace, sooner than it would tidy up.
+        self._agent.kill()
 
 
 class KubeProxyError(EbpfSvcError):
