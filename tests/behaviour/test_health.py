@@ -314,13 +314,13 @@ def test_metrics_of_every_series_are_sane(world: World) -> None:
         collected["kubeproxy_sync_proxy_rules_nftables_sync_failures_total"]
 
 
-def test_agent_may_insist_on_its_addresses(world: World) -> None:
+def test_agent_may_insist_on_its_addresses(world: World, dataplane: str) -> None:
     """With bindAddressHardFail an address that is taken ends the agent with a reason (HS8)."""
     node, agent = world.cluster.nodes[0], world.agents[0]
     agent.stop()
     try:
         with squatter(node, METRICS), pytest.raises(CommandError) as caught:
-            agent.command("run", "--bind-address-hard-fail")
+            agent.command("run", "--mode", dataplane, "--bind-address-hard-fail")
         assert f"127.0.0.1:{METRICS}: Address already in use" in str(caught.value)
     finally:
         world.heal()
