@@ -83,14 +83,15 @@ def run(
 @main.command()
 @click.option("--kernel", "names", multiple=True, help="Only this one; repeatable.")
 @click.option("--only", multiple=True, help="Only this part, e.g. packet or smoke; repeatable.")
+@click.option("--whole", is_flag=True, help="The whole behaviour suite for ipvs, too.")
 @click.option("--machines", default=suite.machines_here(), show_default=True, help="At a time.")
-def ring(*, names: tuple[str, ...], only: tuple[str, ...], machines: int) -> None:
-    """Run the ring: packets, one behaviour test a promise, ipvs whole; print the table."""
+def ring(*, names: tuple[str, ...], only: tuple[str, ...], whole: bool, machines: int) -> None:
+    """Run the ring: programs, packets, one behaviour test a promise; print the table."""
     try:
         wanted = [kernels.find(name) for name in names] or list(kernels.wanted())
     except NoKernel as error:
         raise click.UsageError(str(error)) from error
-    rows = suite.run(wanted, only=only, machines=machines, say=click.echo)
+    rows = suite.run(wanted, only=only, whole=whole, machines=machines, say=click.echo)
     click.echo(suite.table(rows))
     sys.exit(int(not all(row.ok for row in rows)))
 

@@ -25,9 +25,13 @@ PYTEST = (
     *(".venv/bin/python", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"),
     *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
 )
+PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
+"""Of the packet ring, what kernels between the oldest and the newest can differ in."""
+EBPF_VARIANTS = ("ebpf", "ebpf-fast")
+"""Every program is in one of them."""
 WHOLE_OF = {"6.1": "ipvs"}
-"""Modes this machine's kernel may lack: the whole behaviour suite runs for them on one that does
-not."""
+"""Modes this machine's kernel may lack, and a kernel that has them: `--whole` runs their whole
+behaviour suite, which takes most of an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +59,45 @@ class Row:
     seconds: float = 0.0
 
 
-def jobs(names: Sequence[str], only: Sequence[str] = ()) -> list[Job]:
-    """What to run on these kernels, the longest first; `only` names the parts wanted."""
+def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False) -> list[Job]:
+    """What to run on these kernels, the longest first.
+
+    Args:
+        names: of kernels; the first and the last get the whole packet ring.
+        only: the parts wanted; none = all.
+        whole: the behaviour suite of `WHOLE_OF`, too.
+    """
     made = []
     for name in names:
-        variants = list(VARIANTS)
-        if name in WHOLE_OF and WHOLE_OF[name] in variants:
+        is_end = name in (names[0], names[-1])
+        if whole and name in WHOLE_OF:
             mode = WHOLE_OF[name]
             command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
             made.append(Job(name, f"behaviour-{mode}", command))
-        made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", "not compiles")))
-        made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke")))
-    chosen = [job for job in made if not only or job.what in only]
-    return sorted(chosen, key=lambda job: not job.what.startswith("behaviour"))
+        packets = ["tests/packet"]
+        if not is_end:
+            packets = [f"tests/packet/{module}.py" for module in PROGRAMS]
+        what = "packet" if is_end else "programs"
+        made.append(Job(name, what, (*PYTEST, *packets, "-m", "not compiles")))
+        variants = [
+            each.name
+            for each in VARIANTS.values()
+            if each.mode != "ebpf" or each.name in EBPF_VARIANTS[: 2 if is_end else 1]
+        ]
+        chosen = [word for variant in variants for word in ("--dataplane", variant)]
+        made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
+    order = ("behaviour", "packet", "smoke", "programs")
+    made.sort(key=lambda job: order.index(job.what.split("-")[0]))
+    return [job for job in made if not only or job.what in only]
 
 
 def run(
-    wanted: Sequence[Wanted], *, only: Sequence[str], machines: int, say: Callable[[str], None]
+    wanted: Sequence[Wanted],
+    *,
+    only: Sequence[str],
+    whole: bool,
+    machines: int,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """Run the ring; returns its table."""
     rows: list[Row] = []
@@ -90,8 +116,8 @@ def run(
     if have:
         guest.python_image()
     with ThreadPoolExecutor(machines) as pool:
-        ran = pool.map(lambda job: _run(job, have[job.kernel], say), jobs(list(have), only))
-        rows += list(ran)
+        todo = jobs(list(have), only=only, whole=whole)
+        rows += pool.map(lambda job: _run(job, have[job.kernel], say), todo)
     return rows
 
 
