@@ -12,6 +12,8 @@ GAPS: dict[tuple[str, str], str] = {
     ("userspace", "test_pod_keeps_its_address_at_cluster_ips"): _RELAYED,
     ("userspace", "test_external_policy_local_keeps_the_client_address"): _RELAYED,
     ("userspace", "test_external_policy_local_keeps_pod_addresses"): _RELAYED,
+    ("userspace", "test_masquerade_all_hides_pods_at_cluster_ips"): _RELAYED,
+    ("userspace", "test_without_a_detector_nobody_is_told_from_pods"): _RELAYED,
     (
         "userspace",
         "test_agent_killed_and_restarted_under_load_without_a_failed_request",

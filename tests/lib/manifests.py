@@ -43,6 +43,7 @@ class Web:
     internal_local: bool = False
     external_local: bool = False
     source_ranges: tuple[str, ...] = ()
+    ip_mode: str = "VIP"
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of the Service's spec."""
 
@@ -110,7 +111,11 @@ class Web:
             "kind": "Service",
             "metadata": {"name": self.name, "namespace": "tests"},
             "spec": spec,
-            "status": {"loadBalancer": {"ingress": [{"ip": ip} for ip in self.balancer]}},
+            "status": {
+                "loadBalancer": {
+                    "ingress": [{"ip": ip, "ipMode": self.ip_mode} for ip in self.balancer]
+                }
+            },
         }
 
     def _slice(self, family: Family, endpoints: Sequence[Endpoint]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,28 @@ class World:
             path.unlink()
         if paths:
             self._await_sync(before)
+
+    @contextmanager
+    def configured(self, **changes: Any) -> Iterator[None]:
+        """Agents with other settings, started anew for it and once more afterwards."""
+        before = [agent.config.read_text() for agent in self.agents]
+        try:
+            for agent, text in zip(self.agents, before, strict=True):
+                agent.config.write_text(json.dumps({**json.loads(text), **changes}))
+            self._restart()
+            yield
+        finally:
+            for agent, text in zip(self.agents, before, strict=True):
+                agent.config.write_text(text)
+            self._restart()
+
+    def _restart(self) -> None:
+        for agent in self.agents:
+            agent.kill()
+        for agent in self.agents:
+            agent.start(wait=False)
+        for agent in self.agents:
+            agent.wait_ready()
 
     def heal(self) -> None:
         """Start the agents that an earlier test left dead."""
