@@ -14,7 +14,7 @@ from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole
 from ebpf_svc.dataplane.ebpf.filters import NAME_PREFIX
 from ebpf_svc.dataplane.ebpf.live import Live, Remembered
-from ebpf_svc.explain import proof
+from ebpf_svc.explain import nothing, proof
 from ebpf_svc.explain.client import Client
 from ebpf_svc.explain.endpoints import Row, rows_of
 from ebpf_svc.explain.model import (
@@ -25,6 +25,7 @@ from ebpf_svc.explain.model import (
     Prediction,
     Verdict,
     list_for,
+    members,
     predict,
 )
 from ebpf_svc.explain.proof import NOTHING, Proof, Prover, Recollection
@@ -57,9 +58,8 @@ class Explanation:
     call: Call
     view: FrontendView | None
     prediction: Prediction
-    planned: FrontendView | None = None
-    """What the plan of this moment has for the frontend; None also when nothing is planned."""
-    is_planned_known: bool = False
+    lags: str = ""
+    """How the kernel differs from the plan of this moment; empty = not at all, or not known."""
     problems: list[str] = field(default_factory=list)
     """Conflicts between Services about the frontend."""
     rows: list[Row] = field(default_factory=list)
@@ -148,6 +148,7 @@ def explain(
     call = Call((address, port or DEFAULT_PORT), client.kind, key, at_socket)
     told = Explanation(scene, client, call, view, Prediction(Verdict.UNTOUCHED))
     _look_at_plan(told)
+    view = told.view
     with ExitStack() as stack:
         found = None
         if isinstance(scene.dataplane, EbpfDataplane):
@@ -193,6 +194,9 @@ def is_at_socket(scene: Scene, client: Client, view: FrontendView | None) -> boo
 
 def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
     is_node = call.kind is Sources.NODE
+    if told.view is None:
+        found = nothing.verdict(told.scene, call.frontend)
+        return Prediction(found, "" if found is Verdict.UNTOUCHED else "not_served")
     if told.scene.mode == "ebpf" and is_node and not call.at_socket:
         return Prediction(Verdict.UNTOUCHED)  # nothing but a hook sees what the node itself sends
     # The hooks do not know the source yet, so they let every process of the node in.
@@ -263,15 +267,32 @@ def _compare_tags(told: Explanation, live: Live) -> None:
 
 
 def _look_at_plan(told: Explanation) -> None:
-    """What the plan of this moment has for the frontend."""
-    scene = told.scene
+    """Compare with the plan of this moment; where the kernel does not hold all that a plan says of
+    a frontend, as rules do not, take the plan's word.
+    """
+    scene, key = told.scene, told.call.frontend
     if scene.known.snapshot is None:
         return
     planner = Planner(PlanOptions.from_settings(scene.settings))
     desired = planner.plan(scene.known.snapshot)
-    told.is_planned_known = True
-    told.problems = [str(each) for each in desired.problems if str(told.call.frontend) in str(each)]
-    told.planned = scene.dataplane.view(desired).get(told.call.frontend)
+    told.problems = [str(each) for each in desired.problems if str(key) in str(each)]
+    planned = scene.dataplane.view(desired).get(key)
+    if planned == told.view:
+        whole = desired.view().get(key)
+        told.view = _fallen_back(whole, told.view) if scene.mode == "ipvs" else whole
+    elif told.view is None:
+        told.lags = "has it, the kernel not"
+    else:
+        told.lags = "has another frontend there" if planned else "has it no more"
+
+
+def _fallen_back(planned: FrontendView | None, held: FrontendView | None) -> FrontendView | None:
+    """Ipvs sends whom the Local list leaves with nothing to the Cluster list (V8)."""
+    if planned is None or held is None or not held.backends:
+        return planned
+    if members(planned, ListName.LOCAL):
+        return planned
+    return replace(planned, frontend=replace(planned.frontend, local_for=Sources.NONE))
 
 
 def _candidates(told: Explanation) -> Mapping[End, Endpoint] | None:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 
+from ebpf_svc.explain.model import Verdict
 from ebpf_svc.explain.scene import Scene
 from ebpf_svc.model.desired import FrontendKey, FrontendKind, FrontendView
 from ebpf_svc.model.net import family_of
 from ebpf_svc.status import NamedFrontend
 
 LEFT_ALONE = "The packet is left alone: it is routed as if there were no services."
-_UNKNOWN_PORT = {
-    "nftables": "nftables refuses it: a cluster IP answers on its ports alone (P16).",
-    "ipvs": "ipvs refuses it: a cluster IP answers on its ports alone (P16).",
-}
-_UNALLOCATED = {"nftables": "nftables drops it: it is in the range of cluster IPs (P16)."}
+_AT_CLUSTER_IP = {"nftables": Verdict.REFUSED, "ipvs": Verdict.REFUSED}
+"""What modes do with other ports of a cluster IP; those left out do nothing."""
+_UNALLOCATED = {"nftables": Verdict.DROPPED}
+"""And with addresses of the range that no Service has."""
+
+
+def verdict(scene: Scene, key: FrontendKey) -> Verdict:
+    """What becomes of a packet to an address and port where nothing is served (P16)."""
+    if _cluster_ip(scene, key) is not None:
+        return _AT_CLUSTER_IP.get(scene.mode, Verdict.UNTOUCHED)
+    is_free = not any(other.address == key.address for other in scene.views)
+    if is_free and _is_inside(key.address, _service_cidrs(scene)):
+        return _UNALLOCATED.get(scene.mode, Verdict.UNTOUCHED)
+    return Verdict.UNTOUCHED
 
 
 def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
     """Say why there is no frontend at `key`, as far as it shows, and what happens then."""
-    views, names, mode = scene.views, scene.names, scene.mode
+    views, names = scene.views, scene.names
     same = {other: view for other, view in views.items() if other.address == key.address}
     node_ports = {
         other
@@ -30,9 +40,7 @@ def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
         and family_of(other.address) is family_of(key.address)
     }
     is_local = key.address in scene.around.local_addresses
-    cluster_ip = next(
-        (o for o, v in same.items() if v.frontend.kind is FrontendKind.CLUSTER_IP), None
-    )
+    cluster_ip = _cluster_ip(scene, key)
     yield f"No service is served at {key}."
     if endpoint := _endpoint(key, views, names):
         yield f"It is an endpoint of {endpoint} itself: called directly, no service is involved."
@@ -41,7 +49,7 @@ def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
             f"{key.address} is the cluster IP of {_service(names, cluster_ip)}, which has no such "
             f"port: it has {_ports(same)}."
         )
-        yield _UNKNOWN_PORT.get(mode, LEFT_ALONE + " Usually nobody answers (P16).")
+        yield _consequence(scene, key)
         return
     elif node_ports and is_local:
         where = ", ".join(sorted({other.address for other in node_ports}))
@@ -60,9 +68,23 @@ def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
         yield f"Other ports are served there: {_ports(same)}."
     elif _is_inside(key.address, _service_cidrs(scene)):
         yield "It is in the range of cluster IPs, and no Service has it."
-        yield _UNALLOCATED.get(mode, LEFT_ALONE + " Usually nobody answers (P16).")
+        yield _consequence(scene, key)
         return
     yield LEFT_ALONE
+
+
+def _consequence(scene: Scene, key: FrontendKey) -> str:
+    if (found := verdict(scene, key)) is Verdict.UNTOUCHED:
+        return LEFT_ALONE + " Usually nobody answers (P16)."
+    return f"In mode {scene.mode} it is {found.value} (P16)."
+
+
+def _cluster_ip(scene: Scene, key: FrontendKey) -> FrontendKey | None:
+    """A frontend of the cluster IP that is called at a port it does not have."""
+    for other, view in scene.views.items():
+        if other.address == key.address and view.frontend.kind is FrontendKind.CLUSTER_IP:
+            return other
+    return None
 
 
 def _service_cidrs(scene: Scene) -> tuple[str, ...]:

@@ -101,11 +101,8 @@ def _frontend(told: Explanation) -> Iterator[str]:
         yield from nothing.sentences(scene, key)
     else:
         yield f"{key} is {KINDS[told.view.frontend.kind]} of {told.name}."
-    if told.is_planned_known and told.planned != told.view:
-        has = "has another" if told.planned is not None else "has none"
-        if told.view is None:
-            has = "has one"
-        yield f"The plan of this moment {has} frontend there: the agent lags, failed or is gone."
+    if told.lags:
+        yield f"The plan of this moment {told.lags}: the agent lags, failed or is gone."
     for problem in told.problems:
         yield f"Conflict: {problem}."
 

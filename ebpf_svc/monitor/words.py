@@ -12,6 +12,7 @@ REASONS: Mapping[str, str] = {
     "client_port_clash": "the client's port is in use by another connection to the same endpoint",
     "rewrite_failed": "the packet cannot be rewritten (SCTP cannot change its port)",
     "discarded": "it answers nobody, or was sent where nothing is",
+    "not_served": "nothing is served at that address and port",
     "client_fin": "the client has closed its side",
     "backend_fin": "the backend has closed its side",
     "reset": "one side has reset the connection",
