@@ -34,7 +34,7 @@ POLL_S = 0.2
 PATIENCE = 6
 """How many times longer than a real machine an emulated one may take; tests read it."""
 MODULES = ("virtio_blk", "ext4", "br_netfilter")
-"""The last is what kubelet's host has loaded: netfilter sees what passes a bridge of pods."""
+"""The last is what a node of Kubernetes has loaded: netfilter sees what passes a bridge of pods."""
 GUEST_OUT = "/mnt"
 """Where the guest has its `out` folder: outside the repository, which is hidden by its copy."""
 NOT_FOR_GUESTS = ("mypy", "mypyc", "*mypyc*.so", "pip", "ruff", "kubernetes_validate")
