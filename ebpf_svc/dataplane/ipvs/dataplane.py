@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Support
-from ebpf_svc.dataplane.inspect import KernelPart, Series
+from ebpf_svc.dataplane.inspect import FlowCounts, KernelPart, Series
 from ebpf_svc.dataplane.ipvs import check, firewall, readback, render, state
 from ebpf_svc.dataplane.ipvs.firewall import Firewall
 from ebpf_svc.dataplane.ipvs.kernel import Kernel, Refused
@@ -212,6 +212,14 @@ class IpvsDataplane:
         counts = self._running.firewall.failure_counts if self._running else {}
         for family, count in counts.items():
             yield Series(_FAILURES, {"ip_family": family.label}, count)
+
+    def flow_counts(self) -> FlowCounts:
+        """Connections the kernel knows of, by service port; none while not open."""
+        running = self._running
+        if running is None:
+            return FlowCounts({}, {})
+        reals = ipvs.real_servers()
+        return readback.flow_counts(running.written.values(), reals)
 
     def retire(self) -> bool:
         """Give all real servers weight 0; True once none has a connection left (V11)."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from ebpf_svc.dataplane.inspect import FlowCounts
 from ebpf_svc.dataplane.ipvs import sets
 from ebpf_svc.dataplane.ipvs.render import Options, seen
 from ebpf_svc.dataplane.ipvs.sets import name_of
 from ebpf_svc.dataplane.ipvs.state import Found
 from ebpf_svc.host.ipset import Entry
-from ebpf_svc.host.ipvs import ServerKey
-from ebpf_svc.model.desired import Frontend, FrontendKey, FrontendKind, FrontendView
+from ebpf_svc.host.ipvs import RealServer, ServerKey
+from ebpf_svc.model.desired import Frontend, FrontendKey, FrontendKind, FrontendView, ServicePlan
 from ebpf_svc.model.net import Family, Protocol, Sources, family_of
 
 
@@ -35,6 +36,25 @@ def views(found: Found, options: Options) -> dict[FrontendKey, FrontendView]:
         )
         result[frontend.key] = seen(frontend, backends, shape.persistence_s if shape else 0)
     return result
+
+
+def flow_counts(
+    plans: Iterable[ServicePlan], reals: Mapping[ServerKey, list[RealServer]]
+) -> FlowCounts:
+    """Connections of every state through the virtual servers of each service port.
+
+    Those of service ports that are gone went with their virtual servers.
+    """
+    by_port = {}
+    for plan in plans:
+        count = sum(
+            real.connection_count
+            for frontend in plan.frontends
+            for real in reals.get(ServerKey(*frontend.key), ())
+        )
+        if count:
+            by_port[plan.key] = count
+    return FlowCounts(by_port, {})
 
 
 def _has(found: Found, short: str, family: Family, entry: Entry) -> bool:

@@ -241,6 +241,17 @@ def test_refused_service_port_fails_alone_and_is_tried_again(machine: Machine) -
     assert made.read() == made.view(desired)
 
 
+def test_connections_are_counted_by_service_port(machine: Machine) -> None:
+    """Of every state, over all virtual servers of the service port; none while not open."""
+    made = make()
+    other = make_plan("other", make_frontend("10.96.0.2"))
+    made.apply(state(make_plan(), other))
+    machine.connections |= {(WEB, FIRST): 2, (WEB, SECOND): 1}
+    assert made.flow_counts().by_port == {make_plan().key: 3}
+    made.close()
+    assert made.flow_counts().by_port == {}
+
+
 def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
     """All rests; it may go once no connection is left; without anything of ours at once."""
     made = make()
