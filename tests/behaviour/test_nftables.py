@@ -182,6 +182,25 @@ def test_changes_add_up_to_the_whole(
             made.cleanup()
 
 
+def test_without_detector_pods_are_read_back_as_anybody(
+    node: Node, site: tuple[Node, Settings]
+) -> None:
+    """D2: with nothing to tell pods by, they get the Local list like clients outside."""
+    made = NftablesDataplane(site[1].model_copy(update={"cluster_cidrs": ()}))
+    made.open()
+    frontend = make_frontend(
+        BALANCER,
+        kind=FrontendKind.EXTERNAL_IP,
+        local_for=Sources.POD | Sources.EXTERNAL,
+        masquerade_for=Sources.NODE,
+    )
+    backends = [make_backend("10.1.0.1", in_local=True), make_backend("10.2.0.1")]
+    desired = make_desired(make_plan("web", frontend, backends=backends))
+    made.apply(desired)
+    made.close()
+    assert made.read() == made.view(desired)
+
+
 @pytest.mark.parametrize("services", [10, 1000])
 def test_change_costs_what_it_touches(
     made: NftablesDataplane, monkeypatch: pytest.MonkeyPatch, services: int
@@ -254,8 +273,8 @@ def test_restart_writes_nothing(made: NftablesDataplane, site: tuple[Node, Setti
     """Z2: what stands is taken over, the numbers of endpoints too."""
     plan = make_plan("plain", masquerading("10.96.0.1"), backends=["10.1.0.1", "10.1.0.2"])
     made.apply(make_desired(plan))
-    # Another order than a first apply would give.
-    plan = make_plan("plain", masquerading("10.96.0.1"), backends=["10.1.0.0", "10.1.0.2"])
+    # Other numbers than a first apply would give.
+    plan = make_plan("plain", masquerading("10.96.0.1"), backends=["10.1.0.2", "10.1.0.3"])
     made.apply(make_desired(plan))
     again = NftablesDataplane(site[1])
     again.open()
@@ -264,6 +283,32 @@ def test_restart_writes_nothing(made: NftablesDataplane, site: tuple[Node, Setti
         assert (report.writes, report.repaired) == (0, ())
     finally:
         again.close()
+
+
+def test_numbers_in_use_are_nobody_elses(made: NftablesDataplane) -> None:
+    """Service ports come after others changed, shrank, grew and went."""
+    plans = {}
+
+    def apply(name: str, vip: int, *hosts: int) -> None:
+        backends = [f"10.1.{vip}.{host}" for host in hosts]
+        plan = make_plan(name, masquerading(f"10.96.0.{vip}"), backends=backends)
+        plans[name] = plan
+        if not hosts:
+            del plans[name]
+        desired = make_desired(*plans.values())
+        assert made.apply(desired).failed == ()
+        assert made.read() == made.view(desired)
+
+    apply("one", 1, 1, 2)
+    apply("one", 1, 1, 3)
+    apply("two", 2, 1, 2, 3)
+    apply("one", 1, 1, 3, 4, 5, 6)
+    apply("three", 3, 1)
+    apply("two", 2)
+    apply("four", 4, 1, 2)
+    apply("five", 5, 1, 2)
+    apply("one", 1, 6)
+    apply("six", 6, *range(1, 9))
 
 
 def test_table_of_kube_proxy_is_replaced_in_one_transaction(
