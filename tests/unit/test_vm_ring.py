@@ -1,0 +1,96 @@
+"""What the vm ring runs where, and that nothing it could not run looks as if it had passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.vm import guest, kernels, suite
+from tests.vm.guest import GuestFailed, Outcome
+from tests.vm.kernels import Kernel, NoKernel, Wanted
+
+
+def kernel(name: str) -> Kernel:
+    return Kernel(name, f"{name}.0-46-amd64", Path(f"/boot/vmlinuz-{name}.0-46-amd64"))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """No machine: commands are noted, and `false` in one fails it."""
+    ran: list[tuple[str, ...]] = []
+
+    def run(_kernel: Kernel, command: tuple[str, ...], out: Path, **_: object) -> Outcome:
+        ran.append(command)
+        if "tests/packet" in command:
+            raise GuestFailed("it did not boot")
+        out.mkdir(parents=True)
+        (out / "output").write_text("..F\n= 1 failed, 2 passed in 3.4s =\n")
+        return Outcome(int("smoke" in command), 1.0)
+
+    monkeypatch.setattr(guest, "run", run)
+    monkeypatch.setattr(guest, "python_image", lambda: None)
+    monkeypatch.setattr(suite.artifacts, "prepare", lambda _: None)
+    monkeypatch.setattr(suite, "LOGS", tmp_path)
+    return ran
+
+
+def ring(*wanted: Wanted) -> list[suite.Row]:
+    return suite.run(wanted, only=(), whole=False, machines=1, say=lambda _: None)
+
+
+def test_every_kernel_is_asked_and_the_ends_of_the_row_are_asked_all() -> None:
+    """Programs and one behaviour a promise everywhere, every packet on the oldest and newest."""
+    parts = [(job.kernel, job.what) for job in suite.jobs(["5.10", "6.1", "7.2"])]
+
+    assert sorted(parts) == [
+        *[("5.10", "packet"), ("5.10", "smoke")],
+        *[("6.1", "programs"), ("6.1", "smoke")],
+        *[("7.2", "packet"), ("7.2", "smoke")],
+    ]
+
+
+def test_failed_command_and_dead_machine_fail_their_rows(machine, monkeypatch) -> None:
+    """Neither hides the other rows."""
+    monkeypatch.setattr(kernels, "obtain", lambda row: kernel(row.name))
+
+    rows = ring(Wanted("6.1", (), True))
+
+    assert [(row.what, row.ok) for row in rows] == [
+        *[("kernel", True), ("packet", False), ("smoke", False)]
+    ]
+    assert rows[1].outcome == "FAILED: it did not boot"
+    assert rows[2].outcome == "FAILED: 1 failed, 2 passed in 3.4s"
+    assert len(machine) == 2
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_kernel_that_cannot_be_had_is_told_and_fails_when_required(
+    machine, monkeypatch, required
+) -> None:
+    """A ring that tried nothing must not look like one that passed."""
+
+    def refuse(_: Wanted) -> Kernel:
+        raise NoKernel("no such suite")
+
+    monkeypatch.setattr(kernels, "obtain", refuse)
+
+    (row,) = ring(Wanted("4.19", (), required))
+
+    assert row.outcome == "cannot be had: no such suite"
+    assert row.ok is not required
+    assert "cannot be had" in suite.table([row])
+    assert machine == []
+
+
+def test_release_says_the_version() -> None:
+    """The compiler is told major and minor, for abilities no probe can try before loading."""
+    assert kernel("6.12").version == (6, 12)
+
+
+def test_words_of_a_command_stay_words() -> None:
+    """A guest's shell sees what the caller wrote."""
+    script = guest._script(["sh", "-c", "echo 'a b'"], Path("/cache dir"))
+
+    assert """sh -c 'echo '"'"'a b'"'"''""" in script
+    assert "cp -r '/cache dir' /tmp/artifacts" in script
