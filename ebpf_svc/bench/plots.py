@@ -37,7 +37,7 @@ def of_comparison(comparison: Comparison) -> Iterator[tuple[str, str]]:
                 f"{key}-by-services",
                 lines(
                     Lines(
-                        f"{_SHORT[key]} by number of services",
+                        f"{_SHORT[key]}, by number of services",
                         "services, logarithmic",
                         "speed, direct = 1",
                         curves,

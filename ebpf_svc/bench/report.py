@@ -55,7 +55,8 @@ _TITLES = {
 
 def _path(name: str, comparison: Comparison) -> Iterator[Block]:
     where = comparison.environment.get("where", "")
-    yield Heading(f"Data path{f', {where}' if where else ''}")
+    most = max(figure.services for figure in comparison.figures)
+    yield Heading(f"Data path, up to {most:,} services{f', {where}' if where else ''}")
     yield from _taken_on({"environment": comparison.environment, "took_s": comparison.took_s})
     for note in comparison.notes:
         yield Text(note)
