@@ -16,7 +16,7 @@ def test_rules_carry_the_mark_they_were_given() -> None:
         "flush table inet ebpf-svc",
         "add rule inet ebpf-svc postrouting"
         " meta mark & 0x00004000 == 0x00004000"
-        " meta l4proto { tcp, udp, sctp } masquerade to :32768-65535 fully-random",
+        " meta l4proto { tcp, udp, sctp } masquerade to :32768-60999 fully-random",
         "add rule inet ebpf-svc clear meta mark & 0x00004000 == 0x00004000"
         " meta mark set meta mark & 0xffffbfff",
     ]
