@@ -83,6 +83,8 @@ class Whole:
     chains: dict[str, tuple[Chained, Owner]] = field(default_factory=dict)
     sets: dict[str, tuple[Set, Owner]] = field(default_factory=dict)
     elements: dict[str, dict[bytes, tuple[Element, Owner]]] = field(default_factory=dict)
+    shared: dict[str, dict[bytes, int]] = field(default_factory=dict)
+    """Set -> key -> how many have that element."""
 
     def include(self, content: Content, owner: Owner) -> None:
         """Add one owner's part."""
@@ -90,11 +92,14 @@ class Whole:
             self.chains[name] = (chained, owner)
         for name, one in content.sets.items():
             self.sets[name] = (one, owner)
-        for source in (content.elements, content.shared):
-            for name, elements in source.items():
-                into = self.elements.setdefault(name, {})
-                for key, element in elements.items():
-                    into[key] = (element, owner)
+        for name, elements in content.elements.items():
+            into = self.elements.setdefault(name, {})
+            for key, element in elements.items():
+                into[key] = (element, owner)
+        for name, keys in content.shared.items():
+            counts = self.shared.setdefault(name, {})
+            for key in keys:
+                counts[key] = counts.get(key, 0) + 1
 
 
 def compare(
@@ -126,9 +131,10 @@ def compare(
     is_remade = _compare_sets(held, wanted, change, found, can_retime=can_retime)
     _compare_chains(held, wanted, change, found, frozenset(waiting), is_remade=is_remade)
     for name, (one, _) in wanted.sets.items():
-        if one.flags & DYNAMIC:
-            continue
-        _compare_elements(held, wanted, name, change, found)
+        if one.data:
+            _compare_elements(held, wanted, name, change, found)
+        elif not one.flags & DYNAMIC:
+            _compare_keys(held, wanted, name, change, found)
     return change, tuple(wrong)
 
 
@@ -213,3 +219,15 @@ def _compare_elements(
         change.remove(name, key)
         counts["foreign"] += 1
     wrong += (f"{count} of {name} were {how}" for how, count in counts.items() if count)
+
+
+def _compare_keys(held: Held, wanted: Whole, name: str, change: Change, wrong: list[str]) -> None:
+    before, keys = held.elements.get(name, {}), wanted.shared.get(name, {})
+    missing = [key for key in keys if key not in before]
+    foreign = before.keys() - keys.keys()
+    if missing:
+        change.put_keys[name] = missing
+        wrong.append(f"{len(missing)} of {name} were missing")
+    if foreign:
+        change.gone[name] = dict.fromkeys(foreign)
+        wrong.append(f"{len(foreign)} of {name} were foreign")

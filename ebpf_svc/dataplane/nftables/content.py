@@ -36,16 +36,16 @@ class Content:
     sets: dict[str, Set] = field(default_factory=dict)
     elements: dict[str, dict[bytes, Element]] = field(default_factory=dict)
     """Set -> key -> element; of one service port each."""
-    shared: dict[str, dict[bytes, Element]] = field(default_factory=dict)
-    """Elements others may have as well: they stay until the last one is gone."""
+    shared: dict[str, set[bytes]] = field(default_factory=dict)
+    """Set -> keys others may have as well: they stay until the last one is gone."""
 
     def put(self, name: str, element: Element) -> None:
         """Add an element of its own."""
         self.elements.setdefault(name, {})[element.key] = element
 
     def share(self, name: str, key: bytes) -> None:
-        """Add an element that others may add."""
-        self.shared.setdefault(name, {})[key] = Element(key)
+        """Add a key that others may add."""
+        self.shared.setdefault(name, set()).add(key)
 
 
 @dataclass(slots=True)
@@ -66,6 +66,8 @@ class Change:
     gone: dict[str, dict[bytes, Owner]] = field(default_factory=dict)
     """Elements to be removed, by set."""
     put: dict[str, dict[bytes, tuple[Element, Owner]]] = field(default_factory=dict)
+    put_keys: dict[str, list[bytes]] = field(default_factory=dict)
+    """Set -> elements that are just a key, and nobody's alone."""
     gone_chains: set[str] = field(default_factory=set)
     gone_sets: set[str] = field(default_factory=set)
     retimed: dict[str, int] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Change:
         """Things that are put or removed."""
         return (
             sum(len(keys) for keys in self.gone.values())
-            + sum(len(keys) for keys in self.put.values())
+            + sum(len(keys) for keys in (*self.put.values(), *self.put_keys.values()))
             + sum(len(rules) for rules, _ in self.rules.values())
             + len(self.sets)
             + len(self.chains)
@@ -109,7 +111,7 @@ class Change:
             "rules": sum(len(rules) for rules, _ in self.rules.values()),
             "sets": len(self.sets) + len(self.gone_sets),
             "elements": sum(len(keys) for keys in self.gone.values())
-            + sum(len(keys) for keys in self.put.values()),
+            + sum(len(keys) for keys in (*self.put.values(), *self.put_keys.values())),
         }
 
 
@@ -182,6 +184,9 @@ def _put_in(table: Table, change: Change, apart: bool) -> Iterator[Owned]:
         for some, owner in _grouped(elements.values(), apart):
             for request in table.add_elements(name, some):
                 yield request, owner
+    for name, keys in change.put_keys.items():
+        for request in table.add_elements(name, map(Element, keys)):
+            yield request, None
     for name in sorted(change.gone_chains):
         yield table.remove_chain(name), None
 

@@ -17,7 +17,7 @@ from ebpf_svc.dataplane.nftables.slots import Slots
 from ebpf_svc.dataplane.nftables.writer import Writer
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host.nf_dump import read_table
-from ebpf_svc.host.nf_tables import DELCHAIN, Element
+from ebpf_svc.host.nf_tables import DELCHAIN
 from ebpf_svc.host.nfnetlink import Refused
 from ebpf_svc.model.desired import PlanKey, ServicePlan
 
@@ -101,7 +101,7 @@ class FamilyTable:
         for (name, place), delta in counts.items():
             had = self._counts.get(name, {}).get(place, 0)
             if not had and delta > 0:
-                change.add(name, Element(place))
+                change.put_keys.setdefault(name, []).append(place)
             elif had and had + delta == 0:
                 change.remove(name, place)
         self._commit(change)
@@ -138,14 +138,9 @@ class FamilyTable:
         whole = Whole()
         whole.include(frame, None)
         ranges: dict[PlanKey, Ranges] = {}
-        counts: dict[str, dict[bytes, int]] = {}
         for key, plan in plans.items():
             ranges[key] = self._fit(plan, self._ranges.get(key))
-            content = self._render(plan, ranges[key])
-            whole.include(content, key)
-            for name, elements in content.shared.items():
-                for place in elements:
-                    _add(counts.setdefault(name, {}), place, 1)
+            whole.include(self._render(plan, ranges[key]), key)
         maps = maps_of(ranges.values()) | self._maps
         for name in sorted(maps):
             whole.sets[name] = (self._layout.endpoints_map(name), None)
@@ -160,7 +155,7 @@ class FamilyTable:
             self._keep(key, Ranges())
         for key, now in ranges.items():
             self._keep(key, now)
-        self._counts, self._maps = counts, maps
+        self._counts, self._maps = whole.shared, maps
         was_adopted, self._is_adopted = self._is_adopted, True
         if could_retime and not self._can_retime:
             return None
@@ -269,8 +264,8 @@ def _is_about_chains_in_use(refused: Refused, requests: list[Owned]) -> bool:
 
 
 def _count(content: Content, by: int, counts: dict[tuple[str, bytes], int]) -> None:
-    for name, elements in content.shared.items():
-        for key in elements:
+    for name, keys in content.shared.items():
+        for key in keys:
             counts[name, key] = counts.get((name, key), 0) + by
 
 

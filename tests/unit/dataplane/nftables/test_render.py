@@ -56,7 +56,7 @@ def test_cluster_ip_leads_to_the_cluster_list() -> None:
     assert (numgen.modulus, numgen.offset) == (2, 0)
     (elements,) = (content.elements[key] for key in content.elements if "endpoints" in key)
     assert len(elements) == 2
-    assert content.shared[names.CLUSTER_IPS].keys() == {V4.pack("10.96.0.1")}
+    assert content.shared[names.CLUSTER_IPS] == {V4.pack("10.96.0.1")}
 
 
 def test_no_endpoints_refuse() -> None:
