@@ -267,6 +267,8 @@ def _hook(told: Explanation) -> Iterator[str]:
     else:
         what = "a port of " + client.device.bridge if client.device.is_guess else client.device.name
         yield f"tc, ingress of {what}, program {told.program}."
+        if scene.settings.ebpf.fast_path:
+            yield "Where both ways allow it, the fast path then takes the packet past the stack."
 
 
 def _program(told: Explanation) -> Iterator[str]:

@@ -157,7 +157,7 @@ def event_from(family: Family, raw: Any, offset_s: float) -> FlowEvent:
         ),
         reason=reason,
         device=raw.ifindex,
-        masquerade=bool(raw.flags & FlowFlag.MASQUERADE),
+        masquerade=bool(raw.flags & (FlowFlag.MASQUERADE | FlowFlag.SNAT)),
         hairpin=bool(raw.flags & FlowFlag.HAIRPIN),
     )
 

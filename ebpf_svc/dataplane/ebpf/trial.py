@@ -21,11 +21,13 @@ from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
 from ebpf_svc.dataplane.ebpf.table import HashTable, PerCpuArray
 from ebpf_svc.host import bpf, bpf_prog
 
-WRITTEN_BY_PROGRAMS = (
-    *("flows", "affinity", "fragments", "sockets", "udp_sockets"),
+OWN = (
+    *("flows", "affinity", "fragments", "sockets", "udp_sockets", "nat_ports"),
     *("service_counters", "drops", "monitor", "events"),
+    "links",
 )
-"""Maps a trial has of its own."""
+"""Maps a trial has of its own: all that programs write. And no links, so that the packet comes back
+the usual way instead of leaving by a device."""
 ENTRIES = 8192
 """In each of them: clients a trial can send."""
 _SIZES = {"sockets": 0, "service_counters": 1, "drops": len(Drop), "monitor": 1}
@@ -62,7 +64,7 @@ class Trial:
         self._programs: dict[str, int] = {}
         try:
             self._fds = fds = live.tables.fds(live.family)
-            for name in WRITTEN_BY_PROGRAMS:
+            for name in OWN:
                 shape = artifact.maps[name]
                 fds[name] = _create(name, shape)
                 self._undo.callback(os.close, fds[name])
