@@ -23,8 +23,8 @@ LIVE_FIELDS = frozenset(
         "retry_max_s",
     }
 )
-"""Which mode serves, decisions of the plan, the pace of the loop and log lines. The rest is compiled
-in, sizes what is in the kernel, or names what is open."""
+"""Which mode serves, decisions of the plan, the pace of the loop and log lines. The rest is
+compiled in, sizes what is in the kernel, or names what is open."""
 
 
 class Changes(NamedTuple):
