@@ -7,6 +7,9 @@ python := .venv/bin/python
 pytest := $(python) -m pytest -q --no-header
 # The rings of `make test`, quickest first.
 rings := lint unit golden deploy packet bench behaviour
+# The committed runs, in the order they are told in docs/benchmarks.md.
+runs = $(wildcard $(patsubst %,docs/benchmarks/%.json,path path-100000 path-vm \
+	apply-ebpf apply-nftables apply-iptables packet packet-vm maglev))
 # What `make image` installs, and nothing else needs.
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
@@ -17,7 +20,7 @@ ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image vm behaviours behaviour-page bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm behaviours behaviour-page benchmarks bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -84,6 +87,9 @@ bench: need-root bootstrap ## every benchmark, small, and counts that must not g
 
 bench-counts: need-root bootstrap ## writes, calls and instructions beside those recorded (root; ARGS=--update)
 	@$(python) -m ebpf_svc.bench.counts tests/bench/counts.json $(ARGS)
+
+benchmarks: bootstrap ## docs/benchmarks.md from the runs in docs/benchmarks/
+	@.venv/bin/ebpf-svc bench report $(runs) --markdown docs/benchmarks.md
 
 bench-path: need-root bootstrap ## connections, requests, throughput: every mode beside no Service at all (root)
 	@.venv/bin/ebpf-svc bench path $(if $(JSON),--json '$(JSON)') $(ARGS)

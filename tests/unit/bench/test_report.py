@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ebpf_svc.bench import compare, goals, plots, report
+from ebpf_svc.bench.document import markdown
 from ebpf_svc.bench.figures import Comparison, Figure, Variant
 from ebpf_svc.bench.record import Record
 from ebpf_svc.bench.svg import nice_step
@@ -143,3 +144,15 @@ def test_what_we_add_is_held_against_what_ipvs_adds() -> None:
              if "ipvs" in goal.sentence}  # fmt: skip
     assert found["ebpf-tc"].measured.startswith("0.40 (+4.0 µs of +10.0 µs)")
     assert not found["ebpf-fast"].holds
+
+
+def test_the_committed_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
+    """docs/benchmarks.md is never edited by hand; `make benchmarks` makes it anew."""
+    page = Path(__file__).parents[3] / "docs/benchmarks.md"
+    made_by = page.read_text().splitlines()[0].split("`")[1]
+    runs = [page.parents[1] / word for word in made_by.split() if word.endswith(".json")]
+    found = [(path.stem, json.loads(path.read_text())) for path in runs]
+    made = markdown(
+        list(report.blocks(found)), made_by=made_by, plots=tmp_path / "benchmarks", home=tmp_path
+    )
+    assert made == page.read_text()
