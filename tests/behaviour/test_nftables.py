@@ -484,6 +484,27 @@ def test_table_that_kube_proxy_went_on_with_is_its_own(
     assert "kube-proxy" not in node.run(["nft", "list", "tables"])
 
 
+def test_tables_are_handed_over_as_they_are(made: NftablesDataplane, node: Node) -> None:
+    """`migrate --undo` beside a kube-proxy of the same mode: rules stay, our sign goes."""
+    port = make_frontend("127.0.0.1", 30080, kind=FrontendKind.NODE_PORT)
+    made.apply(make_desired(make_plan("web", port)))
+    before = node.run(["nft", "list", "map", *TABLE.split(), "service-nodeports"])
+    made.hand_over()
+    assert kubeproxy.nft_tables() == kubeproxy.NFT_TABLES
+    assert node.run(["nft", "list", "map", *TABLE.split(), "service-nodeports"]) == before
+    assert sysctl.read(loopback.SETTING) == "0"
+    kubeproxy.remove_nft_tables()
+
+
+def test_failures_are_counted(made: NftablesDataplane) -> None:
+    """By kube-proxy's names, a family each."""
+    assert {one.value for one in made.series()} == {0}
+    made.apply(make_desired(make_plan("bad", masquerading("10.96.0.2"), affinity_s=10**15)))
+    failed = {one.labels["ip_family"]: one.value for one in made.series() if "sync_f" in one.name}
+    assert failed["IPv4"] > 0
+    assert failed["IPv6"] == 0
+
+
 def test_retiring_keeps_translating_what_is_open(made: NftablesDataplane, node: Node) -> None:
     """Connection tracking needs some chain of type nat; where no other is there, ours stay."""
     made.apply(some_services())

@@ -13,7 +13,7 @@ from contextlib import closing
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Reconciled, Support
-from ebpf_svc.dataplane.inspect import KernelPart
+from ebpf_svc.dataplane.inspect import KernelPart, Series
 from ebpf_svc.dataplane.netfilter.pods import pod_match
 from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.dataplane.nftables import loopback, probe, views
@@ -25,7 +25,7 @@ from ebpf_svc.dataplane.nftables.writer import Writer
 from ebpf_svc.errors import ApplyError, DataplaneError, UnsupportedHost
 from ebpf_svc.host.nf_dump import base_chains, has_chain, read_table
 from ebpf_svc.host.nf_owner import NAME as TABLE
-from ebpf_svc.host.nf_owner import is_ours, is_signed
+from ebpf_svc.host.nf_owner import SIGN_CHAIN, is_ours, is_signed
 from ebpf_svc.host.nfnetlink import Refused, Socket
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey, ServicePlan
 from ebpf_svc.model.identity import differences
@@ -33,6 +33,7 @@ from ebpf_svc.model.net import Family
 
 _NFPROTO_INET = 1
 _TRIES = 5
+_METRIC = "kubeproxy_sync_proxy_rules_nftables_"
 Plans = Mapping[PlanKey, ServicePlan]
 
 
@@ -263,6 +264,28 @@ class NftablesDataplane:
             for family in families
             for table, kind in base_chains(socket, family)
         )
+
+    def series(self) -> Iterator[Series]:
+        """kube-proxy's counters of this mode; nothing while not open."""
+        for family, table in list(self._tables.items()):
+            labels = {"ip_family": family.label}
+            yield Series(f"{_METRIC}sync_failures_total", labels, table.sync_failures)
+            yield Series(f"{_METRIC}cleanup_failures_total", labels, table.cleanup_failures)
+
+    def hand_over(self) -> None:
+        """Make our tables a kube-proxy's, whose first full sync takes them over in place.
+
+        It has no node ports on loopback, and removes what guards them.
+        """
+        self.close()
+        with closing(Socket()) as socket:
+            if _has_marker(socket):
+                loopback.turn_off()
+                marker = LAYOUTS[Family.V4].table.remove_chain(loopback.MARKER)
+                socket.commit([marker])
+            for layout in LAYOUTS.values():
+                if is_ours(socket, layout.table):
+                    socket.commit([layout.table.remove_chain(SIGN_CHAIN.name)])
 
     def close(self) -> None:
         """Stop working; the tables go on (Z2)."""

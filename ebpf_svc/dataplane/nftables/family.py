@@ -75,6 +75,10 @@ class FamilyTable:
         self._waiting: dict[str, float] = {}
         """Chains that were emptied and could not go -> since when."""
         self._is_adopted = False
+        self.sync_failures = 0
+        """Transactions the kernel refused."""
+        self.cleanup_failures = 0
+        """Times that chains could not be removed (X18)."""
 
     def update(self, keys: Iterable[PlanKey], old: Plans, new: Plans) -> Written:
         """Write what changed; raises Refused and changes nothing if the table is not as we know it.
@@ -176,6 +180,7 @@ class FamilyTable:
                 self._writer.commit([self._layout.table.remove_chain(name)])
             except Refused as refused:
                 if not refused.has_only(errno.ENOENT):
+                    self.cleanup_failures += 1
                     self._waiting[name] = now
                     continue
             del self._waiting[name]
@@ -221,7 +226,9 @@ class FamilyTable:
                 self._writer.commit([request for request, _ in switched])
         except Refused as refused:
             if not change.gone_chains or not _is_about_chains_in_use(refused, switched):
+                self.sync_failures += 1
                 raise
+            self.cleanup_failures += 1
             # Kernels before 6.2: what led to them is still there for a moment.
             self._waiting |= dict.fromkeys(change.gone_chains, self._clock())
             change.emptied |= change.gone_chains
