@@ -84,8 +84,10 @@ class Row:
         return {one.client for one in self.answers if one.ok}
 
 
-def targets(world: World, web: Web, kind: str, **options: Any) -> Iterator[tuple[Family, Target]]:
-    """The targets of one kind of frontend, both families and protocols."""
+def targets(
+    world: World, web: Web, kind: str, protocols: Iterable[Protocol] = PROTOCOLS, **options: Any
+) -> Iterator[tuple[Family, Target]]:
+    """The targets of one kind of frontend, both families."""
     node1, node2 = world.cluster.nodes
     make: dict[str, Callable[[Family, Protocol], Target]] = {
         CLUSTER_IP: lambda f, p: web.at_cluster_ip(f, p, **options),
@@ -96,7 +98,7 @@ def targets(world: World, web: Web, kind: str, **options: Any) -> Iterator[tuple
         NODE_PORT_2: lambda f, p: web.at_node(node2, f, p, **options),
     }
     for family in Family:
-        for protocol in PROTOCOLS:
+        for protocol in protocols:
             yield family, make[kind](family, protocol)
 
 
