@@ -47,7 +47,7 @@ from ebpf_svc.host.nf_tables import (
 )
 from ebpf_svc.host.nfnetlink import SUBSYSTEM, Socket, header
 
-_TRIES = 5
+_TRIES = 3
 _KIND = 0x3FFF
 _PAIR = struct.Struct("=HHHH")
 """An attribute's header, and that of the first one inside."""
@@ -85,11 +85,15 @@ class _Found(NamedTuple):
 
 
 def read_table(socket: Socket, table: Table) -> Held | None:
-    """What a table holds at one moment; None when there is no such table.
+    """What a table holds; None when there is no such table.
+
+    Each list is whole. They are of one moment, unless somebody writes to nf_tables all the time:
+    then to other tables, or nobody could tell what ours holds.
 
     Raises:
-        OSError: the kernel refused, or the table changes faster than it can be read.
+        OSError: the kernel refused, or lists change faster than they can be read.
     """
+    held = None
     for _ in range(_TRIES):
         before = socket.generation()
         try:
@@ -99,8 +103,8 @@ def read_table(socket: Socket, table: Table) -> Held | None:
                 raise
             held = None
         if socket.generation() == before:
-            return held
-    raise OSError(errno.EAGAIN, "the rules change faster than they can be read")
+            break
+    return held
 
 
 def table_comment(socket: Socket, table: Table) -> str | None:
