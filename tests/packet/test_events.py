@@ -190,6 +190,19 @@ def test_nothing_is_written_while_nobody_listens(world: World, tmp_path: Path) -
     ring.close()
 
 
+def test_listener_hears_nothing_of_before(world: World, tmp_path: Path) -> None:
+    """What nobody read since the last one was killed is thrown away."""
+    world.service(world.net.vip, 80, backends=[(world.net.a, 80)])
+    table = world.tables["monitor"]
+    assert isinstance(table, ArrayTable)
+    table.write_word(0, table.value.offset("until_s"), int(time.monotonic()) + 5)
+    world.run("pod_ingress", world.tcp((world.net.pod, 40000), (world.net.vip, 80)))
+    stream = _listen(world, tmp_path)
+    world.run("pod_ingress", world.tcp((world.net.pod, 40001), (world.net.vip, 80)))
+    assert [event.client_port for event in stream.wait(0)] == [40001]
+    stream.close()
+
+
 def test_events_without_room_are_counted(world: World, heard: RingEvents) -> None:
     """And those that had room are all there, in order, around the end of the ring."""
     vip = (world.net.vip, 80)
