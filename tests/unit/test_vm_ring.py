@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lib.variants import VARIANTS
 from tests.vm import guest, kernels, suite
 from tests.vm.guest import GuestFailed, Outcome
 from tests.vm.kernels import Kernel, NoKernel, Wanted
@@ -39,15 +40,25 @@ def ring(*wanted: Wanted) -> list[suite.Row]:
     return suite.run(wanted, only=(), whole=False, machines=1, say=lambda _: None)
 
 
-def test_every_kernel_is_asked_and_the_ends_of_the_row_are_asked_all() -> None:
-    """Programs and one behaviour a promise everywhere, every packet on the oldest and newest."""
+def test_every_kernel_is_asked_the_oldest_all() -> None:
+    """Programs and one behaviour a promise everywhere, every packet where most is missing."""
     parts = [(job.kernel, job.what) for job in suite.jobs(["5.10", "6.1", "7.2"])]
 
     assert sorted(parts) == [
         *[("5.10", "packet"), ("5.10", "smoke")],
         *[("6.1", "programs"), ("6.1", "smoke")],
-        *[("7.2", "packet"), ("7.2", "smoke")],
+        *[("7.2", "programs"), ("7.2", "smoke")],
     ]
+
+
+def test_every_mode_is_tried_on_the_ends() -> None:
+    """A mode that breaks on the oldest or the newest kernel is found."""
+    smoke = {job.kernel: job.command for job in suite.jobs(["5.10", "6.1", "7.2"], only=["smoke"])}
+
+    modes = {variant.mode for variant in VARIANTS.values()}
+    assert modes <= set(smoke["5.10"])
+    assert modes <= set(smoke["7.2"])
+    assert {"ebpf", "ipvs"} <= set(smoke["6.1"])
 
 
 def test_failed_command_and_dead_machine_fail_their_rows(machine, monkeypatch) -> None:

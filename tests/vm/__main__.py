@@ -83,7 +83,7 @@ def run(
 @main.command()
 @click.option("--kernel", "names", multiple=True, help="Only this one; repeatable.")
 @click.option("--only", multiple=True, help="Only this part, e.g. packet or smoke; repeatable.")
-@click.option("--whole", is_flag=True, help="The whole behaviour suite for ipvs, too.")
+@click.option("--whole", is_flag=True, help="Everything everywhere: hours.")
 @click.option("--machines", default=suite.machines_here(), show_default=True, help="At a time.")
 def ring(*, names: tuple[str, ...], only: tuple[str, ...], whole: bool, machines: int) -> None:
     """Run the ring: programs, packets, one behaviour test a promise; print the table."""

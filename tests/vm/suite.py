@@ -26,12 +26,13 @@ PYTEST = (
     *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
 )
 PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
-"""Of the packet ring, what kernels between the oldest and the newest can differ in."""
+"""Of the packet ring, what kernels can differ in most; the oldest is asked all of it."""
 EBPF_VARIANTS = ("ebpf", "ebpf-fast")
 """Every program is in one of them."""
+BETWEEN = ("ebpf", "ipvs")
+"""Variants tried on kernels between the oldest and the newest."""
 WHOLE_OF = {"6.1": "ipvs"}
-"""Modes this machine's kernel may lack, and a kernel that has them: `--whole` runs their whole
-behaviour suite, which takes most of an hour."""
+"""Modes this machine's kernel may lack, and a kernel that has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +64,24 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     """What to run on these kernels, the longest first.
 
     Args:
-        names: of kernels; the first and the last get the whole packet ring.
+        names: of kernels, oldest first.
         only: the parts wanted; none = all.
-        whole: the behaviour suite of `WHOLE_OF`, too.
+        whole: every packet and mode on every kernel, and the behaviour suite of `WHOLE_OF`: hours.
     """
+    modes = [each.name for each in VARIANTS.values() if each.mode != "ebpf"]
     made = []
     for name in names:
-        is_end = name in (names[0], names[-1])
         if whole and name in WHOLE_OF:
             mode = WHOLE_OF[name]
             command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
             made.append(Job(name, f"behaviour-{mode}", command))
-        packets = ["tests/packet"]
-        if not is_end:
-            packets = [f"tests/packet/{module}.py" for module in PROGRAMS]
-        what = "packet" if is_end else "programs"
-        made.append(Job(name, what, (*PYTEST, *packets, "-m", "not compiles")))
-        variants = [
-            each.name
-            for each in VARIANTS.values()
-            if each.mode != "ebpf" or each.name in EBPF_VARIANTS[: 2 if is_end else 1]
-        ]
+        if whole or name == names[0]:
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", "not compiles")))
+        else:
+            modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
+            made.append(Job(name, "programs", (*PYTEST, *modules)))
+        is_end = name in (names[0], names[-1])
+        variants = (*EBPF_VARIANTS, *modes) if whole or is_end else BETWEEN
         chosen = [word for variant in variants for word in ("--dataplane", variant)]
         made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
     order = ("behaviour", "packet", "smoke", "programs")
