@@ -32,6 +32,9 @@ from ebpf_svc.testbed.cluster import Cluster
 
 POPULATION = Population(100, 10)
 ANYWHERE = "anywhere"
+_VERIFIED = "instructions verified"
+_VERIFIER_MOOD = 0.01
+"""How much longer a walk may get by constants alone, which decide which states are alike."""
 Counts = dict[str, dict[str, int]]
 """By what they depend on (a compiler, a kernel, nothing): name -> count."""
 
@@ -85,7 +88,7 @@ def _count_programs(counts: Counts, folder: Path) -> None:
         for each in programs:
             facts = bpf_prog.facts(each.fd)
             if facts.verified_count:
-                title = f"IPv{int(each.family)} {each.name}: instructions verified"
+                title = f"IPv{int(each.family)} {each.name}: {_VERIFIED}"
                 verified[title] = facts.verified_count
         programs.close()
     finally:
@@ -128,7 +131,7 @@ def grown(recorded: Mapping[str, Mapping[str, int]], measured: Counts) -> Iterat
             known = recorded[scope].get(name)
             if known is None:
                 yield f"{name} ({scope}): {count}, not recorded yet"
-            elif count > known:
+            elif count > known * (1 + _VERIFIER_MOOD * name.endswith(_VERIFIED)):
                 yield f"{name} ({scope}): {count}, was {known}"
 
 

@@ -35,3 +35,10 @@ def test_growth_and_what_is_not_recorded_are_told() -> None:
         "c (anywhere): 6, was 5",
         "d (anywhere): 1, not recorded yet",
     ]
+
+
+def test_the_verifier_may_walk_a_little_further() -> None:
+    """Another number in the source makes other states alike; one percent is no growth."""
+    recorded = {"Linux 6.18": {"x: instructions verified": 1_000}}
+    assert not list(counts.grown(recorded, {"Linux 6.18": {"x: instructions verified": 1_010}}))
+    assert list(counts.grown(recorded, {"Linux 6.18": {"x: instructions verified": 1_011}}))
