@@ -98,8 +98,8 @@ class Recorder:
         self._outcomes[name, str(variant)].setdefault(outcome, _reason(report))
         return report
 
-    def pytest_sessionfinish(self) -> None:
-        """Write the file."""
+    def pytest_runtest_logfinish(self) -> None:
+        """Write the file, after each test: a run that is cut short has proved something, too."""
         results = Results(platform.release(), programs=self._programs)
         for (name, variant), outcomes in sorted(self._outcomes.items()):
             worst = next(each for each in WORST_FIRST if each in outcomes)
