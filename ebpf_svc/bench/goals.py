@@ -46,6 +46,7 @@ _LEAST = (
     _Least("ebpf-fast", "bulk-mtu", 1.15, "fast path: throughput with packets of MTU size"),
     _Least("ebpf-fast", "nodeport-near", 1.0, "fast path: node port, backend on the node"),
     _Least("ebpf-fast", "nodeport-far", 0.9, "fast path: node port, backend on another node"),
+    _Least("ebpf-xdp", "nodeport-far", 0.9, "XDP: node port, backend on another node"),
 )
 
 

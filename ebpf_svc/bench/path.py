@@ -101,6 +101,7 @@ def run(options: Options, *, command: str = "") -> Comparison:
                     cpu=_cpu(),
                     update=_sized(way, options),
                     tracked=way.tracked,
+                    xdp_wires=way.xdp_wires,
                     kube_proxy=options.kube_proxy if way.is_kube_proxy else None,
                 )
                 sites[way.place] = undo.enter_context(closing(site))

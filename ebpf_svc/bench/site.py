@@ -23,6 +23,7 @@ from ebpf_svc.bench.generator import Server, cpu_ns_of
 from ebpf_svc.bench.population import Population
 from ebpf_svc.bench.serving import KubeProxy, OurAgent, Serving
 from ebpf_svc.config import Settings
+from ebpf_svc.testbed import drivers
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
 from ebpf_svc.testbed.podnet import PodNetwork
@@ -61,12 +62,14 @@ class Site:
         cpu: int,
         update: Mapping[str, Any] | None = None,
         tracked: bool = False,
+        xdp_wires: bool = False,
         kube_proxy: Path | None = None,
     ) -> None:
         """Build it; nothing is served before `grow`.
 
         Args:
             mode: of the agent; None = no agent.
+            xdp_wires: make the wires fit for programs in drivers.
             kube_proxy: the binary that serves in that mode instead of our agent.
             update: settings that differ, by section or name.
             tracked: the nodes track connections whether a mode needs it or not.
@@ -86,6 +89,9 @@ class Site:
             if tracked:
                 for node in (near, far):
                     node.run(["nft", "-f", "-"], stdin=_TRACKING)
+            if xdp_wires:
+                hosts = (self.cluster.client, near, far, self.shell, self.sandbox, *self._webs)
+                drivers.prepare(self.cluster.router, hosts)
             self.servers = tuple(self._serve(pod, binary, cpu) for pod in self._webs)
             if mode is not None:
                 if kube_proxy is not None:

@@ -28,6 +28,10 @@ class Way:
     """Ways of one site share a cluster; empty = one of its own."""
     update: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ."""
+    xdp_wires: bool = False
+    """Hosts compute checksums themselves and the router's devices run a program, without which a
+    veth takes nothing from XDP; the other variants have it easier.
+    """
     tracked: bool = False
     """Without an agent: let the kernel track connections all the same."""
 
@@ -52,6 +56,8 @@ WAYS = (
     Way("ebpf-tc", "eBPF, tc only", "ebpf", asker="sandbox", site="ebpf"),
     Way("ebpf-fast", "eBPF, tc, fast path", "ebpf", asker="sandbox",
         update={"ebpf": {"fast_path": True}}),
+    Way("ebpf-xdp", "eBPF, tc, fast path, XDP", "ebpf", asker="sandbox",
+        update={"ebpf": {"fast_path": True, "xdp": True}}, xdp_wires=True),
     Way("nftables", "nftables", "nftables"),
     Way("iptables", "iptables", "iptables"),
     Way("ipvs", "ipvs", "ipvs"),
@@ -62,7 +68,9 @@ WAYS = (
     ),
 )  # fmt: skip
 KUBE_PROXIES = tuple(way.name for way in WAYS if way.is_kube_proxy)
-DEFAULT = tuple(way.name for way in WAYS if way.name not in ("userspace", *KUBE_PROXIES))
+DEFAULT = tuple(
+    way.name for way in WAYS if way.name not in ("ebpf-xdp", "userspace", *KUBE_PROXIES)
+)
 
 
 def choose(
