@@ -15,6 +15,9 @@ GAPS: dict[tuple[str, str], str] = {
     ("ipvs", "test_client_keeps_its_pod"): (
         "clients are remembered by each virtual server for itself, as kube-proxy's (V6)"
     ),
+    ("ipvs", "test_open_connections_outlive_their_service"): (
+        "a connection dies with its virtual server, as with kube-proxy (V12)"
+    ),
     ("ipvs", "test_large_datagrams_pass_through_services"): (
         "IPVS takes no IPv6 datagram above the MTU from the node or a pod behind a bridge: it "
         "answers `too big`, as it does for kube-proxy"

@@ -129,25 +129,38 @@ def test_agent_learns_on_start_what_changed_while_it_was_dead(
 def test_open_connections_outlive_agent_and_endpoint(world: World, publish: Publish) -> None:
     """Established TCP stays with its pod when the agent dies or the pod leaves (P12)."""
     web = publish([world.web1, world.web3])
-    node1, client = world.cluster.nodes[0], world.cluster.client
     with ExitStack() as stack:
-        conns = {
-            (asker.name, family.label): stack.enter_context(connection(asker, target))
-            for family in Family
-            for asker, target in (
-                (world.shell1, web.at_cluster_ip(family, Protocol.TCP)),
-                (world.sandbox1, web.at_cluster_ip(family, Protocol.TCP)),
-                (node1, web.at_cluster_ip(family, Protocol.TCP)),
-                (client, web.at_node(node1, family, Protocol.TCP)),
-            )
-        }
+        conns = _connections(world, web, stack)
         first = {name: conn.ping().server for name, conn in conns.items()}
         world.agents[0].restart()
         assert {name: conn.ping().server for name, conn in conns.items()} == first
         world.publish(web, [world.web2])
         assert {name: conn.ping().server for name, conn in conns.items()} == first
+
+
+def test_open_connections_outlive_their_service(world: World, publish: Publish) -> None:
+    """Established TCP goes on when the whole service is deleted (P12)."""
+    web = publish([world.web1, world.web3])
+    with ExitStack() as stack:
+        conns = _connections(world, web, stack)
+        first = {name: conn.ping().server for name, conn in conns.items()}
         world.withdraw(web)
         assert {name: conn.ping().server for name, conn in conns.items()} == first
+
+
+def _connections(world: World, web: Web, stack: ExitStack) -> dict[tuple[str, str], Connection]:
+    """Open TCP connections of every kind of client, by its name and the family."""
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    return {
+        (asker.name, family.label): stack.enter_context(connection(asker, target))
+        for family in Family
+        for asker, target in (
+            (world.shell1, web.at_cluster_ip(family, Protocol.TCP)),
+            (world.sandbox1, web.at_cluster_ip(family, Protocol.TCP)),
+            (node1, web.at_cluster_ip(family, Protocol.TCP)),
+            (client, web.at_node(node1, family, Protocol.TCP)),
+        )
+    }
 
 
 def _udp_flows(

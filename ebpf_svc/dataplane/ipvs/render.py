@@ -140,8 +140,13 @@ def render(plan: ServicePlan, options: Options, elsewhere: Collection[str] = ())
 
 
 def _dests(plan: ServicePlan, frontend: Frontend) -> Dests:
-    """Endpoints of the list; beside them, resting, those whose UDP flows are to stay (C5)."""
+    """Endpoints of the list; beside them, resting, those whose UDP flows are to stay (C5).
+
+    TCP's that leave rest as long as they have connections, and without any not at all.
+    """
     found = {Dest(each.address, each.port): 1 for each in chosen(plan, frontend)}
+    if plan.key.port_name.protocol is Protocol.TCP:
+        return found
     for each in plan.backends:
         if not each.in_cluster and not each.in_local:
             found.setdefault(Dest(each.address, each.port), 0)

@@ -108,6 +108,8 @@ def test_draining_endpoint_gets_no_new_flow() -> None:
     rests = make_backend("10.1.0.9", in_cluster=False)
     (server,) = of(make_frontend(protocol="UDP"), backends=["10.1.0.1", rests]).servers.values()
     assert server.dests == {Dest("10.1.0.1", 8080): 1, Dest("10.1.0.9", 8080): 0}
+    (server,) = of(backends=["10.1.0.1", rests]).servers.values()
+    assert server.dests == {Dest("10.1.0.1", 8080): 1}
 
 
 def test_loopback_is_left_out() -> None:
