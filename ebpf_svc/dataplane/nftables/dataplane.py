@@ -18,7 +18,7 @@ from ebpf_svc.dataplane.netfilter.pods import pod_match
 from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.dataplane.nftables import loopback, probe, views
 from ebpf_svc.dataplane.nftables.content import Content
-from ebpf_svc.dataplane.nftables.family import Blamed, FamilyTable, Written
+from ebpf_svc.dataplane.nftables.family import Blamed, FamilyTable, NotTaken, Written
 from ebpf_svc.dataplane.nftables.frame import frame
 from ebpf_svc.dataplane.nftables.layout import LAYOUTS, NAT, Layout
 from ebpf_svc.dataplane.nftables.writer import Writer
@@ -125,12 +125,13 @@ class NftablesDataplane:
         must_read = self._in_doubt or (resync and not writer.is_untouched())
         failed: Mapping[PlanKey, str] = {}
         done: list[Written] = []
+        is_news = True
         if not must_read:
             try:
                 done = self._update(keys, desired.plans)
-            except Refused:
-                # Somebody changed what we built upon.
-                must_read = True
+            except (Refused, NotTaken) as error:
+                # Somebody changed what we built upon, or the kernel is an old one.
+                must_read, is_news = True, isinstance(error, Refused)
         if must_read:
             done, failed = self._write_whole(writer, desired.plans)
         self._in_doubt = False
@@ -145,7 +146,7 @@ class NftablesDataplane:
             writes=sum(written.writes for written in done),
             changed=len(changed),
             failed=tuple(ApplyError(str(key), reason) for key, reason in failed.items()),
-            repaired=tuple(what for written in done for what in written.repaired),
+            repaired=tuple(what for written in done for what in written.repaired if is_news),
             details=_sum(written.details for written in done),
             reconciled=reconciled,
         )

@@ -35,6 +35,10 @@ class Blamed(Exception):
         self.owners = owners
 
 
+class NotTaken(Exception):
+    """This kernel cannot give a set that stands another timeout, as we know now."""
+
+
 @dataclass(slots=True)
 class Written:
     """What one apply did to a table."""
@@ -81,12 +85,16 @@ class FamilyTable:
         """Times that chains could not be removed (X18)."""
 
     def update(self, keys: Iterable[PlanKey], old: Plans, new: Plans) -> Written:
-        """Write what changed; raises Refused and changes nothing if the table is not as we know it.
+        """Write what changed.
 
         Args:
             keys: service ports that changed.
             old: what was written last.
             new: what is wanted.
+
+        Raises:
+            Refused: the table is not as we know it; nothing was changed.
+            NotTaken: this kernel wrote only part of it; `write_whole` does the rest.
         """
         change, changed = Change(), set[PlanKey]()
         ranges: dict[PlanKey, Ranges] = {}
@@ -114,7 +122,8 @@ class FamilyTable:
             self._keep(key, now)
         for (name, place), delta in counts.items():
             _add(self._counts.setdefault(name, {}), place, delta)
-        self._check_timeouts(change)
+        if not self._took_timeouts(change):
+            raise NotTaken
         return Written(change.count, changed, details=change.by_kind())
 
     def write_whole(self, frame: Content, plans: Plans) -> Written:
@@ -128,13 +137,13 @@ class FamilyTable:
             Blamed: some service ports were refused; nothing was written.
             DataplaneError: the kernel refused the rest.
         """
-        written = self._write_whole(frame, plans)
-        if written is None:  # an older kernel that cannot give a set another timeout
-            written = self._write_whole(frame, plans)
-        assert written is not None
-        return written
+        try:
+            return self._write_whole(frame, plans)
+        except NotTaken:
+            self._is_adopted = False  # what is found now is no news
+            return self._write_whole(frame, plans)
 
-    def _write_whole(self, frame: Content, plans: Plans) -> Written | None:
+    def _write_whole(self, frame: Content, plans: Plans) -> Written:
         held = read_table(self._writer.socket, self._layout.table)
         if not self._is_adopted and held is not None:
             self._slots, self._ranges = adopt.ranges(held, self._layout, plans)
@@ -149,20 +158,18 @@ class FamilyTable:
         for name in sorted(maps):
             whole.sets[name] = (self._layout.endpoints_map(name), None)
         change, wrong = compare(held, whole, can_retime=self._can_retime, waiting=self._waiting)
-        could_retime = self._can_retime
         try:
             self._commit(change)
         except Refused as refused:
             self._blame(change, refused)
-        self._check_timeouts(change)
         for key in self._ranges.keys() - ranges.keys():
             self._keep(key, Ranges())
         for key, now in ranges.items():
             self._keep(key, now)
         self._counts, self._maps = whole.shared, maps
         was_adopted, self._is_adopted = self._is_adopted, True
-        if could_retime and not self._can_retime:
-            return None
+        if not self._took_timeouts(change):
+            raise NotTaken
         owners = {owner for _, owner in (*change.chains.values(), *change.rules.values())}
         return Written(
             change.count,
@@ -254,14 +261,15 @@ class FamilyTable:
             raise DataplaneError(f"table {self._name}: {refused}") from refused
         raise Blamed(owners)
 
-    def _check_timeouts(self, change: Change) -> None:
-        """Find out whether sets took their new timeouts; before Linux 6.3 they do not (X19)."""
-        if not change.retimed:
-            return
-        sets = adopt.timeouts(self._writer.socket, self._layout.table)
-        if any(sets.get(name) != timeout_s for name, timeout_s in change.retimed.items()):
-            self._can_retime = False
-            self._writer.doubt()
+    def _took_timeouts(self, change: Change) -> bool:
+        """Whether sets took their new timeouts; before Linux 6.3 they do not (X19)."""
+        if change.retimed:
+            sets = adopt.timeouts(self._writer.socket, self._layout.table)
+            if any(sets.get(name) != timeout_s for name, timeout_s in change.retimed.items()):
+                self._can_retime = False
+                self._writer.doubt()
+                return False
+        return True
 
 
 def _is_about_chains_in_use(refused: Refused, requests: list[Owned]) -> bool:
