@@ -12,11 +12,6 @@ from tests.lib.packets import CLUSTER_CIDRS
 
 OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
     "testbed": {"cluster_cidrs": addressing.CLUSTER_CIDRS, "translate_pods": True},
-    "testbed-fast": {
-        "cluster_cidrs": addressing.CLUSTER_CIDRS,
-        "translate_pods": True,
-        "fast_path": True,
-    },
     "packet": {"cluster_cidrs": CLUSTER_CIDRS, "translate_pods": True},
     "host-only": {"cluster_cidrs": addressing.CLUSTER_CIDRS, "translate_pods": False},
     "no-cidr": {"cluster_cidrs": (), "translate_pods": True},
