@@ -128,9 +128,10 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	if (FAST_PATH && (flow->flags & FLOW_SNAT)) {
 		quoted.dst = flow->nat;
 		quoted.dport = flow->nat_port;
-		return rewrite_error(skb, pkt, &inner, &quoted, all_diffs(flow), &flow->nat,
-				     &flow->backend.addr);
 	}
+	/* The stack carries it on, which takes no packet from an address of its own:
+	 * unlike the quoted one, its source stays who sent it.
+	 */
 	return rewrite_error(skb, pkt, &inner, &quoted, all_diffs(flow), &pkt->src,
 			     &flow->backend.addr);
 }
