@@ -8,6 +8,13 @@ from __future__ import annotations
 _RELAYED = "the relay connects to backends itself, so they see the node; kube-proxy's did, too (U7)"
 _WITH_AGENT = "the agent is the relay: without it nothing serves, as with kube-proxy's (Z2, U1)"
 
+_ENDS_AT_THE_RELAY = "errors beyond the relay are about its socket, as with kube-proxy's (U7)"
+
+_LATER_FRAGMENT_FIRST = (
+    "a fragment that overtakes the first one has no ports yet, and tc can hold no packet back"
+)
+_UNORDERED = "test_datagram_cut_in_pieces_arrives_whole_the_first_piece_last"
+
 _ONE_LIST = "a virtual server has one list of endpoints for all its clients, as kube-proxy's (V8)"
 
 GAPS: dict[tuple[str, str], str] = {
@@ -56,6 +63,15 @@ GAPS: dict[tuple[str, str], str] = {
         "userspace",
         "test_agent_that_starts_without_the_api_server_keeps_what_the_kernel_holds",
     ): _WITH_AGENT,
+    (
+        "userspace",
+        "test_closed_port_of_the_endpoint_refuses_for_the_service",
+    ): _ENDS_AT_THE_RELAY,
+    (
+        "userspace",
+        "test_datagram_that_outlives_its_hops_is_reported_to_its_socket",
+    ): _ENDS_AT_THE_RELAY,
+    ("ebpf", _UNORDERED): _LATER_FRAGMENT_FIRST,
     ("nftables", "test_node_ports_answer_on_loopback_of_both_families"): (
         "the kernel lets no packet from ::1 leave the node; kube-proxy has none at all (X14)"
     ),
