@@ -10,11 +10,13 @@ from ebpf_svc.dataplane.base import Check
 from ebpf_svc.dataplane.ipvs import rules, sets
 from ebpf_svc.dataplane.netfilter import tools
 from ebpf_svc.errors import CommandError
-from ebpf_svc.host import dummy, ipset, ipvs
+from ebpf_svc.host import dummy, ipset, ipvs, sysctl
 from ebpf_svc.host.command import TIMED_OUT, run
 from ebpf_svc.host.iptables import TOOLS
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.model.net import Family
+
+_BRIDGES = "net/bridge/bridge-nf-call-iptables"
 
 
 def checks(settings: Settings) -> Iterator[Check]:
@@ -28,6 +30,7 @@ def checks(settings: Settings) -> Iterator[Check]:
         "the kernel has sets" if has_sets else "the kernel has no ipsets",
         "" if has_sets else "modprobe ip_set (CONFIG_IP_SET)",
     )
+    yield _bridges()
     chosen = tools.choose(settings.families)
     usable = {
         family: tools.why_unusable(family) or ("" if family in chosen else "is not installed")
@@ -72,6 +75,20 @@ def _device() -> Check:
         detail = f"no dummy devices: {error.stderr.strip()}"
         return Check("dummy", False, detail, "modprobe dummy (CONFIG_DUMMY)")
     return Check("dummy", True, f"{LINK} can be made")
+
+
+def _bridges() -> Check:
+    """Answers between pods of one bridge must come by IPVS, which gave the call another address."""
+    is_seen = sysctl.read(_BRIDGES) == "1"
+    return Check(
+        "br_netfilter",
+        is_seen,
+        "packets between pods of one bridge meet netfilter"
+        if is_seen
+        else "services fail between pods of one bridge, if this node's pods are behind one",
+        "" if is_seen else f"modprobe br_netfilter; sysctl -w {_BRIDGES.replace('/', '.')}=1",
+        required=False,
+    )
 
 
 def _tool(settings: Settings, family: Family, why: str, *, others: bool) -> Check:
