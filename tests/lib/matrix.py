@@ -34,7 +34,7 @@ class Record:
     outcome: str
     """One of WORST_FIRST."""
     reason: str = ""
-    """Why it was expected to fail, or not run."""
+    """Why it was expected to fail, failed, or was not run."""
 
 
 @dataclass(slots=True)
@@ -113,7 +113,8 @@ def _reason(report: pytest.TestReport) -> str:
         return str(report.wasxfail).removeprefix("reason: ")
     if report.skipped and isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
-    return ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return crash.message.splitlines()[0] if crash else ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
