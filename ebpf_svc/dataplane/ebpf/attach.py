@@ -63,6 +63,7 @@ class Attachments:
             UnsupportedHost: there is no cgroup2.
             DataplaneError: the cgroup takes no programs, or netlink does not answer.
         """
+        self._stopping = False
         try:
             # Before the first look, so that nothing falls between it and the first message.
             self._notifications = rtnetlink.Notifications(
@@ -80,6 +81,11 @@ class Attachments:
             raise
         self._thread = threading.Thread(target=self._follow, name="attach", daemon=True)
         self._thread.start()
+
+    @property
+    def is_following(self) -> bool:
+        """Between `start` and `stop`."""
+        return self._thread is not None
 
     def stop(self) -> None:
         """Stop following; what is attached stays (Z2)."""
@@ -241,6 +247,15 @@ class Attachments:
             self._put(list(fresh.values()))
         if broken:
             self._put(list(broken.values()), repaired=broken)
+
+
+def is_anything_attached() -> bool:
+    """Whether a device of this network namespace carries a filter of ours, of any version."""
+    netlink = rtnetlink.Socket()
+    try:
+        return filters.has_any(netlink)
+    finally:
+        netlink.close()
 
 
 def detach_all(settings: EbpfSettings) -> int:

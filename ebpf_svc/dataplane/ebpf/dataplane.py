@@ -20,7 +20,7 @@ from ebpf_svc.config import EbpfSettings, Settings, SocketLB
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables, xdp
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
-from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all
+from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all, is_anything_attached
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.counters import NO_FLOWS, Counters, StepTimes
 from ebpf_svc.dataplane.ebpf.events import RingEvents
@@ -147,8 +147,9 @@ class EbpfDataplane:
             attachments = Attachments(
                 programs, settings, hooks=PEER_PROGRAMS if retiring else SOCKET_PROGRAMS
             )
-            attachments.start()
             undo.callback(attachments.stop)
+            if retiring or not self._succeeds_others(opened):
+                attachments.start()
             # Endpoints live on when we retire: a socket connected to one has lost nothing.
             uses_hooks = settings.socket_lb is not SocketLB.OFF and not retiring
             sweeper = Sweeper(
@@ -166,6 +167,14 @@ class EbpfDataplane:
             *(sweeper, counters, steps.taken_s),
         )
 
+    @staticmethod
+    def _succeeds_others(opened: Tables) -> bool:
+        """Whether programs are attached whose maps are not these, which are empty: an earlier
+        version's. They serve until the first apply has filled ours.
+        """
+        is_empty = all(next(of.frontends.items(), None) is None for of in opened.family.values())
+        return is_empty and is_anything_attached()
+
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
         running = self._running
@@ -182,14 +191,27 @@ class EbpfDataplane:
                     )
         except OSError as error:
             raise DataplaneError(f"map {error.filename}: {error.strerror}") from error
+        if not running.attachments.is_following:
+            try:
+                running.attachments.start()
+            except UnsupportedHost as error:
+                raise DataplaneError(str(error)) from error
         if resync:
-            repaired = [*running.attachments.verify()]
+            repaired = [*self._restore_pins(running.tables), *running.attachments.verify()]
             if not running.rules.read():
                 running.rules.apply()
                 repaired.append("masquerade rule written again")
             report = replace(report, repaired=(*report.repaired, *repaired))
         running.sweeper.wake()
         return report
+
+    def _restore_pins(self, opened: Tables) -> list[str]:
+        try:
+            return opened.restore_pins(self._settings.ebpf)
+        except OSError as error:
+            # What forwards needs no pins; the next resync tries again.
+            log.warning("pins.failed", error=str(error))
+            return []
 
     def view(self, desired: DesiredState) -> dict[FrontendKey, FrontendView]:
         """The maps hold all of it."""

@@ -95,6 +95,13 @@ def remove(netlink: rtnetlink.Socket, indexes: Iterable[int] | None = None) -> i
     return len(unwanted)
 
 
+def has_any(netlink: rtnetlink.Socket) -> bool:
+    """Whether any device carries a filter of ours."""
+    return any(
+        ours(links.filters(netlink, index, [Side.INGRESS])) for index in links.clsacts(netlink)
+    )
+
+
 def ours(filters: Iterable[Filter]) -> list[Filter]:
     """Those among filters that carry our name."""
     return [item for item in filters if item.kind == "bpf" and item.name.startswith(NAME_PREFIX)]

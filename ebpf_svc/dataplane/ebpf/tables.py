@@ -121,8 +121,12 @@ class FamilyTables:
 class Tables:
     """All maps, open. `open` makes one; `close` gives the descriptors back and leaves the pins."""
 
-    def __init__(self, tables: Mapping[str, Table]) -> None:
+    def __init__(
+        self, tables: Mapping[str, Table], digests: Mapping[Family, bytes] | None = None
+    ) -> None:
+        """Take open maps by pin name; without the digests of their layouts none is pinned again."""
         self._tables = dict(tables)
+        self._digests = digests or {}
         self.family: dict[Family, FamilyTables] = {
             family: FamilyTables(
                 *(tables[_pin_name(name, family)] for name in FamilyTables.__slots__)  # type: ignore[arg-type]
@@ -148,10 +152,11 @@ class Tables:
             DataplaneError: the BPF file system is not there, or a map cannot be made.
         """
         directory = pin_dir(settings)
+        digests = {family: artifact.layout_digest() for family, artifact in artifacts.items()}
         _lift_memory_limit()
         try:
             mounts.ensure_bpffs(settings.bpffs)
-            _prepare(directory, artifacts)
+            _prepare(directory, digests)
         except OSError as error:
             raise DataplaneError(f"cannot pin maps in {directory}: {error}") from error
         with contextlib.ExitStack() as undo:
@@ -164,7 +169,7 @@ class Tables:
                         table = _open_one(directory / pin_name, shape, size)
                         undo.callback(table.close)
                         tables[pin_name] = table
-            opened = cls(tables)
+            opened = cls(tables, digests)
             undo.pop_all()
         # Maps of another layout cannot be read any more. Programs of that version which are still
         # attached keep theirs until they are replaced.
@@ -208,6 +213,28 @@ class Tables:
             undo.pop_all()
             return found
 
+    def restore_pins(self, settings: EbpfSettings) -> list[str]:
+        """Pin again what is not pinned any more: somebody unmounted the BPF file system, or
+        removed files. Programs lose nothing, the next agent would.
+
+        Returns:
+            a sentence when anything was missing.
+
+        Raises:
+            OSError: the BPF file system takes no pins.
+        """
+        directory = pin_dir(settings)
+        names = [f"{_DIGEST}{int(family)}" for family in self._digests]
+        missing = [name for name in (*names, *self._tables) if not (directory / name).exists()]
+        if not missing or not self._digests:
+            return []
+        mounts.ensure_bpffs(settings.bpffs)
+        _prepare(directory, self._digests)
+        for name, table in self._tables.items():
+            if not (directory / name).exists():
+                bpf.pin(table.fd, directory / name)
+        return [f"{len(missing)} maps pinned again in {directory}"]
+
     @property
     def writes(self) -> int:
         """Entries put or deleted since `open`, all maps together."""
@@ -240,13 +267,12 @@ def _pin_name(name: str, family: Family) -> str:
     return name if name in SHARED else f"{name}{int(family)}"
 
 
-def _prepare(directory: Path, artifacts: Mapping[Family, Artifact]) -> None:
-    """Make the directory fit for these artifacts: digests first, leftovers of a crash out."""
+def _prepare(directory: Path, digests: Mapping[Family, bytes]) -> None:
+    """Make the directory fit for these layouts: digests first, leftovers of a crash out."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.glob(f"{_NEW}*"):
         path.unlink()
-    for family, artifact in artifacts.items():
-        digest = artifact.layout_digest()
+    for family, digest in digests.items():
         path = directory / f"{_DIGEST}{int(family)}"
         if path.exists():
             fd = bpf.get_pinned(path)
