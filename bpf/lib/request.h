@@ -41,6 +41,35 @@ static __always_inline int turn_away(struct packet *pkt, __u8 reason)
 	return drop(reason);
 }
 
+/* Does a connected socket of the node wait for this datagram? Its own port may be
+ * the number of a node port: what comes is an answer then, not a request (B9).
+ */
+static __always_inline bool answers_socket(struct __sk_buff *skb, const struct packet *pkt)
+{
+	struct bpf_sock_tuple ends = {};
+	struct bpf_sock *socket;
+	bool connected;
+
+#if IP_FAMILY == 4
+	ends.ipv4.saddr = pkt->src.word[0];
+	ends.ipv4.daddr = pkt->dst.word[0];
+	ends.ipv4.sport = pkt->sport;
+	ends.ipv4.dport = pkt->dport;
+	socket = bpf_sk_lookup_udp(skb, &ends, sizeof(ends.ipv4), BPF_F_CURRENT_NETNS, 0);
+#else
+	__builtin_memcpy(ends.ipv6.saddr, &pkt->src, sizeof(pkt->src));
+	__builtin_memcpy(ends.ipv6.daddr, &pkt->dst, sizeof(pkt->dst));
+	ends.ipv6.sport = pkt->sport;
+	ends.ipv6.dport = pkt->dport;
+	socket = bpf_sk_lookup_udp(skb, &ends, sizeof(ends.ipv6), BPF_F_CURRENT_NETNS, 0);
+#endif
+	if (!socket)
+		return false;
+	connected = socket->dst_port != 0;
+	bpf_sk_release(socket);
+	return connected;
+}
+
 /* Decide where a new flow goes and remember it. Returns NEXT with *flow filled
  * and stored, or the verdict, with pkt->why set when the packet goes no further.
  */
@@ -60,7 +89,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	/* A connection we never saw open belongs to whoever translated its
 	 * first packet, as kube-proxy did before the switch.
 	 */
-	if (pkt->proto != IPPROTO_UDP && !is_opening(pkt))
+	if (pkt->proto == IPPROTO_UDP ? answers_socket(skb, pkt) : !is_opening(pkt))
 		return NOT_OURS;
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(pkt, frontend->ranges))
 		return turn_away(pkt, DROP_SOURCE_RANGE);
