@@ -19,6 +19,7 @@ from typing import Any
 
 from ebpf_svc.config import Settings
 from ebpf_svc.errors import CommandError
+from ebpf_svc.status import read_names
 from ebpf_svc.testbed import drivers
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
@@ -119,6 +120,11 @@ class World:
             path.unlink()
         if paths:
             self._await_sync(before)
+        # Several files may take an agent several passes, and the next test counts them.
+        gone = {web.name for web in webs}
+        for agent in self.agents:
+            if agent.running:
+                eventually(partial(_has_none, agent, gone), within_s=SYNC_S)
 
     @contextmanager
     def configured(self, **changes: Any) -> Iterator[None]:
@@ -183,6 +189,12 @@ class World:
         for agent, old in zip(self.agents, before, strict=True):
             if agent.running:
                 eventually(partial(_has_passed, agent, old), within_s=SYNC_S)
+
+
+def _has_none(agent: Agent, gone: set[str]) -> bool:
+    """Whether an agent serves none of these any more."""
+    names = read_names(agent.settings.run_dir).values()
+    return gone.isdisjoint(each.name for each in names)
 
 
 def write_manifests(path: Path, objects: Sequence[Mapping[str, Any]]) -> bool:
