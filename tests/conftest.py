@@ -111,7 +111,10 @@ def no_leftovers() -> Iterator[None]:
 
 
 class Worlds:
-    """The worlds of a run, one per pod network, made when first asked for."""
+    """The worlds of a run, one per pod network, made when first asked for.
+
+    Those of a variant end when another is asked for: a dozen agents at rest fill a small machine.
+    """
 
     def __init__(self, cache_dir: Path, *, keep: bool) -> None:
         self._cache_dir, self._keep = cache_dir, keep
@@ -120,6 +123,8 @@ class Worlds:
     def of(self, variant: Variant, network: PodNetwork) -> World:
         key = (variant, network)
         if key not in self._worlds:
+            for other in [each for each in self._worlds if each[0] != variant]:
+                self._end(self._worlds.pop(other))
             self._worlds[key] = World(
                 network, cache_dir=self._cache_dir, mode=variant.mode, ebpf=variant.ebpf
             )
@@ -127,12 +132,15 @@ class Worlds:
 
     def close(self) -> None:
         for world in self._worlds.values():
-            if self._keep and world.failed:
-                world.cluster.keep()
-                print(f"\nkept:\n{world.cluster.describe()}")
-                print(f"enter: ip netns exec {world.cluster.nodes[0].namespace.name} bash")
-            else:
-                world.close()
+            self._end(world)
+
+    def _end(self, world: World) -> None:
+        if self._keep and world.failed:
+            world.cluster.keep()
+            print(f"\nkept:\n{world.cluster.describe()}")
+            print(f"enter: ip netns exec {world.cluster.nodes[0].namespace.name} bash")
+        else:
+            world.close()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ LOGS = Path("test-logs/vm")
 RESULTS = "results/results.json"
 """Below a job's test-logs; `make behaviours` looks for them."""
 DEADLINE_S = 2400.0
+MEMORY = "3G"
 PYTEST = (
     *(".venv/bin/python", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"),
     *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
@@ -128,7 +129,12 @@ def _run(job: Job, kernel: Kernel, say: Callable[[str], None]) -> Row:
     try:
         # By a clock that counts instructions, a busy machine is no reason to fail.
         outcome = guest.run(
-            kernel, job.command, job.out, deadline_s=DEADLINE_S, count_instructions=True
+            kernel,
+            job.command,
+            job.out,
+            memory=MEMORY,
+            deadline_s=DEADLINE_S,
+            count_instructions=True,
         )
         status, failure = outcome.status, ""
     except GuestFailed as error:
