@@ -28,7 +28,7 @@ from tests.lib.waiting import eventually
 from tests.lib.world import World, write_manifests
 
 MANY_ENDPOINTS = Addresses("10.244.200.0/22", "fd00:10:244:c8::/64")
-SYNC_S = 60.0
+SYNC_S = 180.0
 ANSWER_S = 10.0
 THROWS = 5
 """Requests per endpoint: what the chi-square approximation asks for."""
