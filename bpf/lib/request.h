@@ -20,20 +20,6 @@ static __always_inline bool is_pod(const struct addr *source)
 #endif
 }
 
-/* The prefix length of a key counts the bits before the address too. */
-#define RANGE_KEY_BITS (8 * (sizeof(__u32) + sizeof(struct addr)))
-
-static __always_inline bool source_allowed(const struct packet *pkt, __u32 ranges)
-{
-	struct range_key key = {
-		.prefix_bits = RANGE_KEY_BITS,
-		.ranges = ranges,
-		.addr = pkt->src,
-	};
-
-	return source_ranges.lookup(&key) != NULL;
-}
-
 /* A packet that opens no flow, with the reason left in it. */
 static __always_inline int turn_away(struct packet *pkt, __u8 reason)
 {
@@ -91,7 +77,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	 */
 	if (pkt->proto == IPPROTO_UDP ? answers_socket(skb, pkt) : !is_opening(pkt))
 		return NOT_OURS;
-	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(pkt, frontend->ranges))
+	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(&pkt->src, frontend->ranges))
 		return turn_away(pkt, DROP_SOURCE_RANGE);
 	if (frontend->flags & FRONTEND_REJECT) {
 		pkt->why = DROP_NO_ENDPOINT + 1;

@@ -26,6 +26,21 @@ static __always_inline struct list list_for(const struct frontend_value *fronten
 	return list;
 }
 
+/* The prefix length of a key counts the bits before the address too. */
+#define RANGE_KEY_BITS (8 * (sizeof(__u32) + sizeof(struct addr)))
+
+/* May this source connect to what has that set of source ranges? (P10) */
+static __always_inline bool source_allowed(const struct addr *source, __u32 ranges)
+{
+	struct range_key key = {
+		.prefix_bits = RANGE_KEY_BITS,
+		.ranges = ranges,
+		.addr = *source,
+	};
+
+	return source_ranges.lookup(&key) != NULL;
+}
+
 static __always_inline __u32 mix(__u32 hash, __u32 word)
 {
 	hash ^= word * 0xcc9e2d51;

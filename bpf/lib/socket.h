@@ -171,6 +171,8 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 	struct frontend_value *frontend;
 	struct backend_value *backend;
 	struct socket_value *socket;
+	__u8 reason = DROP_NO_LOCAL_ENDPOINT;
+	bool barred;
 	struct l4_addr to = {};
 	struct bpf_sock *sk;
 	struct list list;
@@ -185,7 +187,12 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 	source = netns == run->host_netns ? SOURCE_NODE : SOURCE_POD;
 	if (!hook_translates(frontend, &to, source))
 		return SOCKET_ALLOW;
-	if (frontend->flags & FRONTEND_REJECT) {
+	/* P10. The host's socket has no address yet; but a set that has the node's
+	 * lets the VIP itself in, too. Pods' sockets are left to tc.
+	 */
+	barred = (frontend->flags & FRONTEND_SOURCE_RANGES) &&
+		 !source_allowed(&to.addr, frontend->ranges);
+	if (!barred && (frontend->flags & FRONTEND_REJECT)) {
 		count_drop(DROP_NO_ENDPOINT);
 		tell_socket(netns, &to, NULL, DROP_NO_ENDPOINT, now_s());
 		return socket_refuse();
@@ -203,7 +210,12 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 	}
 	list = list_for(frontend, source);
 	now = now_s();
-	id = socket_choose(frontend, &list, netns, now);
+	if (barred) {
+		id = NO_BACKEND;
+		reason = DROP_SOURCE_RANGE;
+	} else {
+		id = socket_choose(frontend, &list, netns, now);
+	}
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend) {
 		struct l4_addr nowhere = { .addr = discard_address, .port = to.port };
@@ -213,7 +225,7 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		 */
 		if (source == SOURCE_NODE) {
 			set_socket_address(ctx, &nowhere, mapped);
-			tell_socket(netns, &to, NULL, DROP_NO_LOCAL_ENDPOINT, now);
+			tell_socket(netns, &to, NULL, reason, now);
 		}
 		return SOCKET_ALLOW;
 	}

@@ -199,10 +199,10 @@ def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
         return Prediction(found, "" if found is Verdict.UNTOUCHED else "not_served")
     if told.scene.mode == "ebpf" and is_node and not call.at_socket:
         return Prediction(Verdict.UNTOUCHED)  # nothing but a hook sees what the node itself sends
-    # The hooks do not know the source yet, so they let every process of the node in.
-    filters = not call.at_socket and bool(call.client[0])
+    # The hooks do not know the source yet. A set with the node's address holds the VIP's own, too.
+    filtered_as = call.frontend.address if call.at_socket or not call.client[0] else ""
     moves_sctp = told.scene.mode != "ebpf"
-    return predict(call, told.view, memory, filters=filters, moves_sctp=moves_sctp)
+    return predict(call, told.view, memory, filtered_as=filtered_as, moves_sctp=moves_sctp)
 
 
 def _recall(

@@ -99,7 +99,7 @@ def predict(
     view: FrontendView | None,
     memory: Memory,
     *,
-    filters: bool = True,
+    filtered_as: str = "",
     moves_sctp: bool = False,
 ) -> Prediction:
     """Say what must become of a call.
@@ -108,7 +108,7 @@ def predict(
         call: who calls what.
         view: the frontend as the kernel holds it; None = there is none.
         memory: what is remembered of the client.
-        filters: source ranges are looked at on this way in.
+        filtered_as: the address that source ranges must hold; empty = the client's.
         moves_sctp: SCTP may go to another port than the frontend's.
     """
     if view is None:
@@ -117,8 +117,8 @@ def predict(
         flow = memory.flow
         return Prediction(Verdict.FORWARDED, "", None, (flow,), flow, ChosenBy.FLOW)
     frontend, admitting = view.frontend, ""
-    if frontend.source_ranges is not None and filters:
-        admitting = admitting_range(call.client[0], frontend.source_ranges)
+    if frontend.source_ranges is not None:
+        admitting = admitting_range(filtered_as or call.client[0], frontend.source_ranges)
         if not admitting:
             return Prediction(Verdict.DROPPED, "source_range")
     if not view.has_endpoints:

@@ -111,7 +111,8 @@ def _sources(told: Explanation) -> str:
     assert told.view is not None
     ranges = ", ".join(told.view.frontend.source_ranges or ())
     if told.call.at_socket:
-        return f"only {ranges} may call (P10), but the socket hooks let this node's processes in."
+        may = "may not: dropped" if told.prediction.reason == "source_range" else "may"
+        return f"only {ranges} may call, and by that this node's processes {may} (P10)."
     if told.prediction.by is ChosenBy.FLOW:
         return f"only {ranges} may call (P10); the flow that is open is not asked again."
     if told.prediction.reason == "source_range":

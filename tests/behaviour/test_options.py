@@ -97,6 +97,14 @@ def test_source_range_of_the_node_lets_the_node_in(world: World, publish: Publis
     assert_held(rows, lambda row: row.dropped)
 
 
+def test_node_outside_the_ranges_is_dropped(world: World, publish: Publish) -> None:
+    """Nothing bypasses the filter, processes of the node neither (P10)."""
+    web = publish(source_ranges=("203.0.113.0/24", "2001:db8:71::/64"))
+    node = [world.cluster.nodes[0]]
+    rows = table(world, web, askers=node, kinds=[BALANCER], timeout_s=SILENT_S)
+    assert_held(rows, lambda row: row.dropped)
+
+
 def test_node_port_of_another_node_is_that_nodes(world: World, publish: Publish) -> None:
     """A packet to a foreign address is not touched because of its port (P15): with policy Local
     the other node answers with its own endpoints.

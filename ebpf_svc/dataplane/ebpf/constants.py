@@ -98,6 +98,8 @@ class EventKind(IntEnum):
     DROPPED = 2
 
 
+FAST_PATH_KERNEL = (6, 1)
+"""The first Linux the fast path is used on: 5.10 loads it and loses packets between pods."""
 NAT_PORTS = range(61_000, 65_536)
 """Ports of the node that stand for clients of the fast path: above those Linux gives to sockets by
 default, and not among those netfilter masquerades to (host/nft.py).

@@ -50,6 +50,8 @@ ANSWER_S = 5.0
 """How long after we retired the answer to a datagram is still told as from the frontend: the
 patience of a resolver."""
 
+_FAST_PATH_SINCE = ".".join(map(str, constants.FAST_PATH_KERNEL))
+
 log = get_logger(__name__)
 
 
@@ -358,6 +360,10 @@ class EbpfDataplane:
     def _defines(self) -> dict[Family, dict[str, str]]:
         """What is compiled in for this node."""
         major, minor, *_ = (int(part) for part in re.findall(r"\d+", platform.release()))
+        fast_path = self._settings.ebpf.fast_path
+        if fast_path and (major, minor) < constants.FAST_PATH_KERNEL:
+            fast_path = False
+            log.warning("fast-path.ignored", reason=f"it needs Linux {_FAST_PATH_SINCE}")
         return {
             family: constants.node_defines(
                 family,
@@ -365,7 +371,7 @@ class EbpfDataplane:
                 translate_pods=self._settings.ebpf.socket_lb is SocketLB.FULL,
                 kernel=(major, minor),
                 masquerade_mark=self._mark,
-                fast_path=self._settings.ebpf.fast_path,
+                fast_path=fast_path,
                 xdp=self._settings.ebpf.xdp,
             )
             for family in self._settings.families

@@ -78,7 +78,7 @@ def test_refusal_comes_after_source_ranges() -> None:
     call = Call(OUTSIDE, Sources.EXTERNAL, KEY)
     view = _view(ranges=("192.0.2.0/24",), has_endpoints=False, backends=())
     assert predict(call, view, Memory()).reason == "source_range"
-    assert predict(call, view, Memory(), filters=False).reason == "no_endpoint"
+    assert predict(call, view, Memory(), filtered_as="192.0.2.9").reason == "no_endpoint"
     inside = replace(view, frontend=replace(view.frontend, source_ranges=("203.0.113.0/24",)))
     told = predict(call, inside, Memory())
     assert (told.verdict, told.admitting) == (Verdict.REFUSED, "203.0.113.0/24")
