@@ -57,6 +57,9 @@ def test_every_kind_of_frontend_uses_every_backend(world: World, publish: Publis
 @pytest.fixture
 def without_offload(world: World) -> Iterator[World]:
     """Every host computes checksums itself, and so verifies what arrives."""
+    if world.uses_drivers:  # it never does otherwise there
+        yield world
+        return
     hosts = (*world.askers, *world.webs, world.cluster.router)
     for state in ("off", "on"):
         for host in hosts:

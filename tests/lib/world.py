@@ -71,7 +71,7 @@ class World:
                 Agent(node, self._settings(node).model_copy(update=update), mode=mode)
                 for node in self.cluster.nodes
             )
-            if self._ebpf.get("xdp"):
+            if self.uses_drivers:
                 drivers.prepare(self.cluster.router, (*self.askers, *self.webs))
             # Together: each spends most of its start waiting for its own imports.
             for agent in self.agents:
@@ -86,6 +86,11 @@ class World:
     def _settings(self, node: Node) -> Settings:
         settings = self.cluster.settings(node, self.manifests)
         return settings.model_copy(update={"ebpf": settings.ebpf.model_copy(update=self._ebpf)})
+
+    @property
+    def uses_drivers(self) -> bool:
+        """Programs in drivers forward (XDP), so no checksum is left to hardware."""
+        return bool(self._ebpf.get("xdp"))
 
     @property
     def askers(self) -> tuple[Host, ...]:
