@@ -30,6 +30,7 @@ from tests.lib.world import World, write_manifests
 MANY_ENDPOINTS = Addresses("10.244.200.0/22", "fd00:10:244:c8::/64")
 SYNC_S = 180.0
 ANSWER_S = 10.0
+FIRST_PORT = 20_000
 THROWS = 5
 """Requests per endpoint: what the chi-square approximation asks for."""
 ALPHA_SIGMAS = 4.753
@@ -54,7 +55,8 @@ while True:
 """
 """Answers with the address that was asked, and from it."""
 
-COUNTS = """
+COUNTS = f"""
+FIRST_PORT = {FIRST_PORT}
 import collections, ipaddress, json, socket, sys
 address, port, count, tries = sys.argv[1], *map(float, sys.argv[2:5])
 def answer_of(asker):
@@ -66,11 +68,12 @@ def answer_of(asker):
     raise SystemExit("no answer")
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
 found = collections.Counter()
-left = int(count)
+left, any_address = int(count), "::" if ":" in address else "0.0.0.0"
 while left:
     askers = []
-    for _ in range(min(left, 100)):
+    for each in range(min(left, 100)):
         asker = socket.socket(family, socket.SOCK_DGRAM)
+        asker.bind((any_address, FIRST_PORT + left - each))
         asker.connect((address, int(port)))
         asker.settimeout(1)
         asker.send(b"?")
@@ -84,7 +87,9 @@ print(json.dumps(found))
 """
 """Asks from as many sockets, and says how often each address answered.
 
-A datagram that a busy machine lost is sent again: the flow has its endpoint already.
+Each has a port of its own: of ports the kernel chooses some come again, as flows that have their
+endpoint already, and each of those throws would count twice. A datagram that a busy machine lost
+is sent again: the flow has its endpoint already.
 """
 
 
