@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from zlib import crc32
 
 from ebpf_svc.dataplane.ebpf.chains import Chains
 from ebpf_svc.dataplane.ebpf.codec import Codec, number
@@ -133,7 +134,7 @@ class FamilyState:
         """
         known, suspects = self._known, []
         for position, at in enumerate(ats):
-            spot = hash(at)
+            spot = crc32(at)  # not hash(): what is suspected should not differ from run to run
             byte, bit = spot >> 3 & _KNOWN_MASK, 1 << (spot & 7)
             if known[byte] & bit:
                 suspects.append((at, position))
