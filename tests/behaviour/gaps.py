@@ -56,9 +56,6 @@ GAPS: dict[tuple[str, str], str] = {
     ("userspace", "test_traffic_is_counted_by_service"): (
         "of a stream a relay sees bytes, not packets; it counts connections, bytes and datagrams"
     ),
-    ("userspace", "test_each_of_a_thousand_endpoints_gets_its_share"): (
-        "of thousands of UDP clients at once over IPv6 some get no answer; not understood yet"
-    ),
     ("userspace", "test_sctp_passes_through_services"): (
         "a relay of sockets carries no SCTP; kube-proxy's did not either (U6)"
     ),

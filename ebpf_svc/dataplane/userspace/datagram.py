@@ -1,4 +1,8 @@
-"""Relay UDP: a socket towards a backend for each client, kept while datagrams come (U6)."""
+"""Relay UDP: a socket towards a backend for each client, kept while datagrams come (U6).
+
+Files and ports are finite. A client that comes when there is none left gets those of the client
+that has been silent longest.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +44,21 @@ class Flow:
             self.upstream.close()
             raise
         relay = clients.relay
-        self.used = relay.loop.time()
+        self.touch()
         # Of a datagram nobody tells where it was sent to; but no two sockets share a port here.
         self._own = relay.claim(self.upstream, DATAGRAM)
         relay.loop.add_reader(self.upstream.fileno(), self._readable)
+
+    def touch(self) -> None:
+        """A datagram passes: of all flows this one is used last."""
+        relay = self._clients.relay
+        self.used = relay.loop.time()
+        relay.datagrams[self] = None
+        relay.datagrams.move_to_end(self)
+
+    def end(self) -> None:
+        """Forget the client."""
+        self._clients.end(self)
 
     def _readable(self) -> None:
         """Answers of the backend."""
@@ -57,13 +72,14 @@ class Flow:
             except OSError:  # it refuses: the client's next datagram goes elsewhere
                 clients.refused(self)
                 return
-            self.used = clients.relay.loop.time()
+            self.touch()
             port.packets += 1
             port.bytes += count
             clients.answer(buffer[:count], self.client)
 
     def close(self) -> None:
         relay = self._clients.relay
+        relay.datagrams.pop(self, None)
         relay.loop.remove_reader(self.upstream.fileno())
         self.upstream.close()
         relay.disclaim(self._own)
@@ -112,7 +128,7 @@ class Clients:
                 self.refused(flow)
                 self.relay.counts.retries += 1
                 continue
-            flow.used = self.relay.loop.time()
+            flow.touch()
             self.door.port.packets += 1
             self.door.port.bytes += len(data)
             return
@@ -126,9 +142,9 @@ class Clients:
 
     def _open(self, client: tuple[Any, ...]) -> Flow | None:
         relay, door = self.relay, self.door
-        if not relay.has_room():
-            relay.counts.limited += 1
-            return None
+        while not relay.has_room():
+            if not relay.end_longest_silent():
+                return None
         address = client[0]
         since = relay.loop.time() - AVOIDED_S
         self._refusing = {each: at for each, at in self._refusing.items() if at > since}
@@ -137,16 +153,25 @@ class Clients:
         if backend is None:
             relay.counts.failed += 1
             return None
-        try:
-            flow = Flow(self, client, backend)
-        except OSError as error:
-            relay.counts.failed += 1
-            log.debug("relay.refused", backend=str(backend), error=str(error))
+        flow = self._flow(client, backend)
+        if flow is None:
             return None
         relay.fds += 1
         door.port.connections += 1
         self.flows[client] = flow
         return flow
+
+    def _flow(self, client: tuple[Any, ...], backend: Backend) -> Flow | None:
+        while True:
+            try:
+                return Flow(self, client, backend)
+            except OSError as error:
+                # The kernel's word for "every local port is taken" (udp_lib_get_port).
+                if error.errno == errno.EAGAIN and self.relay.end_longest_silent():
+                    continue
+                self.relay.counts.failed += 1
+                log.debug("relay.refused", backend=str(backend), error=str(error))
+                return None
 
     def refused(self, flow: Flow) -> None:
         """A backend refuses: its client chooses anew, and not this one if there is another."""
@@ -160,11 +185,6 @@ class Clients:
             del self.flows[flow.client]
             self.relay.fds -= 1
             flow.close()
-
-    def expire(self, before: float) -> None:
-        """End the flows without a datagram since a time of the loop's."""
-        for flow in [each for each in self.flows.values() if each.used < before]:
-            self.end(flow)
 
     def retain(self, backends: frozenset[tuple[str, int]]) -> None:
         """End the flows to backends that are gone; draining ones are not (C5)."""

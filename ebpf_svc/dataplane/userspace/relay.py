@@ -12,7 +12,7 @@ import random
 import resource
 import socket
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -23,7 +23,7 @@ from ebpf_svc.config.userspace import UserspaceSettings
 from ebpf_svc.dataplane.userspace import stream
 from ebpf_svc.dataplane.userspace.affinity import Affinity
 from ebpf_svc.dataplane.userspace.choice import Choice
-from ebpf_svc.dataplane.userspace.datagram import DATAGRAM_BYTES, Clients
+from ebpf_svc.dataplane.userspace.datagram import DATAGRAM_BYTES, Clients, Flow
 from ebpf_svc.dataplane.userspace.doors import DoorId, DoorPlan, listen
 from ebpf_svc.dataplane.userspace.stream import Stream, called
 from ebpf_svc.errors import DataplaneError
@@ -59,7 +59,7 @@ class Counts:
     failed: int = 0
     """Flows that found no backend that answers."""
     limited: int = 0
-    """Times that the limit of open files made a client wait, or lost its datagram."""
+    """Times that a limit made a client wait, or ended the datagrams of the longest silent one."""
     loops: int = 0
     """Flows that had come back to the relay: an endpoint that is a frontend of this node."""
 
@@ -106,6 +106,8 @@ class Relay:
         """Files that flows have open; doors are counted apart."""
         self.ports: dict[PlanKey, Port] = {}
         self.doors: dict[DoorId, Door] = {}
+        self.datagrams: OrderedDict[Flow, None] = OrderedDict()
+        """Every client's datagrams, the longest silent first."""
         self._streams: set[Stream] = set()
         self._own: set[Own] = set()
         self._tasks: list[asyncio.Task[Any]] = []
@@ -273,6 +275,14 @@ class Relay:
         """Whether one more flow may be opened."""
         return self.fds + len(self.doors) + 2 <= self._limit
 
+    def end_longest_silent(self) -> bool:
+        """Make room: end the flow of datagrams whose last one is longest ago; False = none is."""
+        self.counts.limited += 1
+        flow = next(iter(self.datagrams), None)
+        if flow is not None:
+            flow.end()
+        return flow is not None
+
     def pipe(self) -> tuple[int, int] | None:
         """A pipe, unless files are getting scarce."""
         if self.fds + len(self.doors) > self._limit * PIPES_UNTIL:
@@ -331,9 +341,8 @@ class Relay:
         """End idle datagram flows; each lives at most a quarter longer than it should."""
         idle_s = self._settings.udp_idle_s
         before = self.loop.time() - idle_s
-        for door in self.doors.values():
-            if door.clients is not None and door.clients.flows:
-                door.clients.expire(before)
+        while self.datagrams and (flow := next(iter(self.datagrams))).used < before:
+            flow.end()
         self.loop.call_later(max(idle_s / 4, 0.05), self._expire)
 
     def _forget_addresses(self) -> None:

@@ -298,6 +298,24 @@ def test_refused_datagram_goes_elsewhere(site: Site) -> None:
         assert client.recv(100) == b"ok"
 
 
+def test_new_client_gets_the_file_of_the_longest_silent() -> None:
+    """Where files are scarce nobody's first datagram is lost: the longest silence ends (U6)."""
+    site = Site(UserspaceSettings(udp_idle_s=60))
+    try:
+        door = site.serve(plan_of(site.echo_datagrams(b""), protocol=Protocol.UDP))
+        site.relay._limit = 4  # the door, two clients, and one spare
+        first, _, third = clients = [site.datagrams(door) for _ in range(3)]
+        for client in (*clients, first, third):
+            client.send(b"?")
+            assert client.recv(100) == b"?"
+        left = [flow.client[1] for flow in site.relay.datagrams]
+        assert left == [client.getsockname()[1] for client in (first, third)]
+        assert site.relay.fds == len(left)
+        assert site.relay.counts.limited == 2
+    finally:
+        site.close()
+
+
 def test_datagrams_do_not_loop(site: Site) -> None:
     """An endpoint that is the door itself: the datagram is dropped."""
     port = site.serve(plan_of(1, protocol=Protocol.UDP))
