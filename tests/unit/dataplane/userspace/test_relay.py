@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -227,6 +228,14 @@ def test_limit_of_files_makes_clients_wait(site: Site) -> None:
     first[0].close()
     waiting.settimeout(5)
     assert waiting.recv(10) == b"y"
+
+
+def test_thread_that_computes_gives_way_to_the_relay(site: Site) -> None:
+    """Python's threads take shorter turns while the relay runs, and as before when it has ended."""
+    usual_s = 0.005
+    assert sys.getswitchinterval() < usual_s / 10
+    site.relay.stop()
+    assert sys.getswitchinterval() == pytest.approx(usual_s)
 
 
 def test_backends_take_turns(site: Site) -> None:
