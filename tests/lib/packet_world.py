@@ -27,6 +27,7 @@ from ebpf_svc.dataplane.ebpf.constants import (
 from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
 from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
 from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Table
+from ebpf_svc.dataplane.ebpf.tables import lift_memory_limit
 from ebpf_svc.dataplane.inspect import Traffic
 from ebpf_svc.host import bpf, bpf_prog
 from ebpf_svc.host.bpf import MapFlag, MapType
@@ -57,6 +58,7 @@ class World(Wire):
         super().__init__(family)
         self._undo = ExitStack()
         self.tables: dict[str, Table] = {}
+        lift_memory_limit()
         try:
             for name, shape in artifact.maps.items():
                 self.tables[name] = _create(name, shape)

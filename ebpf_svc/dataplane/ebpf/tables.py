@@ -153,7 +153,7 @@ class Tables:
         """
         directory = pin_dir(settings)
         digests = {family: artifact.layout_digest() for family, artifact in artifacts.items()}
-        _lift_memory_limit()
+        lift_memory_limit()
         try:
             mounts.ensure_bpffs(settings.bpffs)
             _prepare(directory, digests)
@@ -255,7 +255,7 @@ class Tables:
             table.close()
 
 
-def _lift_memory_limit() -> None:
+def lift_memory_limit() -> None:
     """Kernels before 5.11 count maps against the locked memory of the process."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(
