@@ -9,13 +9,16 @@ that a stock kernel might lack.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +57,7 @@ for folder in {folders}; do mount --bind "/run/image$folder" "$folder"; done
 mkdir -p {repository}
 mount -t tmpfs -o size=50% tmpfs {repository}
 tar -C {repository} -xf $out/repository.tar
+tar -C {repository} -xf $out/compiled.tar
 mkdir -p {venv}
 mount --bind "/run/image{venv}" {venv}
 [ -e {repository}/.venv ] || ln -s {venv} {repository}/.venv
@@ -115,9 +119,10 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     for name in ("begun", "output", "status"):
         (out / name).unlink(missing_ok=True)
-    image, compiled = python_image(), artifacts.prepare(kernel)
+    image, programs = python_image(), artifacts.prepare(kernel)
     archive_repository(out / "repository.tar")
-    (out / "guest.sh").write_text(_script(command, compiled))
+    archive_compiled(out / "compiled.tar")
+    (out / "guest.sh").write_text(_script(command, programs))
     begun = time.monotonic()
     argv = _argv(kernel, image, out, cpus=cpus, memory=memory)
     if count_instructions:
@@ -142,14 +147,15 @@ def run(
                 machine.wait(POWER_OFF_S)
         finally:
             _end(machine)
-            (out / "repository.tar").unlink(missing_ok=True)
+            for name in ("repository.tar", "compiled.tar"):
+                (out / name).unlink(missing_ok=True)
     status = out / "status"
     if not status.exists():
         raise GuestFailed(f"Linux {kernel.release} ended without a result: see {out}/console")
     return Outcome(int(status.read_text()), time.monotonic() - begun)
 
 
-def _script(command: Sequence[str], compiled: Path) -> str:
+def _script(command: Sequence[str], programs: Path) -> str:
     environment = {
         "EBPF_SVC_PATIENCE": str(PATIENCE),
         "EBPF_SVC_ARTIFACTS": "/tmp/artifacts",
@@ -164,7 +170,7 @@ def _script(command: Sequence[str], compiled: Path) -> str:
         modules="\n".join(f"modprobe {name}" for name in MODULES),
         folders=shlex.join(str(path) for path in _library_folders()),
         repository=shlex.quote(str(REPOSITORY)),
-        artifacts=shlex.quote(str(compiled)),
+        artifacts=shlex.quote(str(programs)),
         venv=shlex.quote(str(Path(sys.prefix).resolve())),
         environment=shlex.join(f"{name}={value}" for name, value in environment.items()),
         command=shlex.join(command),
@@ -241,6 +247,45 @@ def archive_repository(path: Path) -> None:
         check=True,
         input=names,
     )
+
+
+_compiling = threading.Lock()
+
+
+def archive_compiled(path: Path) -> None:
+    """Put the repository's modules, compiled, into an archive: emulated, compiling takes a minute.
+
+    Python compares them with the sources: what has changed since is compiled in the guest.
+    """
+    with _compiling:
+        shutil.copyfile(_compiled(), path)
+
+
+@functools.cache
+def _compiled() -> Path:
+    """That archive, made once a process; modules of tests as pytest has them, with its own code."""
+    prefix = CACHE / "compiled"
+    root = prefix / REPOSITORY.relative_to("/")
+    archive = root / "compiled.tar"
+    steps = (
+        ["compileall", "-q", "ebpf_svc", "tests"],
+        ["pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/packet"],
+        ["pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/behaviour"],
+    )
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(prefix)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    for step in steps:
+        argv = [sys.executable, "-m", *step]
+        subprocess.run(argv, cwd=REPOSITORY, check=True, env=environment, stdout=subprocess.DEVNULL)
+    names = [
+        str(found.relative_to(root))
+        for part in ("ebpf_svc", "tests")
+        for found in (root / part).rglob("*.pyc")
+    ]
+    beside = r"--transform=flags=r;s,([^/]*)$,__pycache__/\1,x"
+    pack = ["tar", "-C", str(root), "-cf", str(archive), beside, "-T", "-"]
+    subprocess.run(pack, check=True, input="\n".join(names).encode())
+    return archive
 
 
 def _library_folders() -> list[Path]:
