@@ -85,8 +85,9 @@ class MemoryArray:
         starts = range(first * self.stride, (first + count) * self.stride, self.stride)
         return b"".join(bytes(self._data[at : at + self.value.size]) for at in starts)
 
-    def view(self) -> memoryview:
-        return memoryview(self._data)
+    def view(self, count: int) -> memoryview:
+        self._check(count - 1)
+        return memoryview(self._data)[: count * self.stride]
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.max_entries:

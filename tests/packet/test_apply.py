@@ -60,7 +60,7 @@ def clear(tables: Tables) -> None:
     for of_family in tables.family.values():
         for table in (of_family.frontends, of_family.backend_index, of_family.source_ranges):
             table.clear()
-        view = of_family.backends.view()
+        view = of_family.backends.view(of_family.backends.max_entries)
         view[:] = bytes(len(view))
 
 
@@ -178,3 +178,32 @@ def test_resync_repairs_maps_of_the_kernel(tables: Tables) -> None:
     assert agent.read() == desired.view()
     assert agent.apply(desired, resync=True).writes == 0
     assert start(tables).apply(desired).writes == 0
+
+
+def test_only_what_is_used_of_an_array_is_mapped(
+    tmp_path: Path, compiled: dict[Family, Artifact]
+) -> None:
+    """A mapped page counts as the agent's memory: of a large array it maps the beginning, more
+    when more is used, and reads through every mapping see the same elements.
+    """
+    large = SMALL.model_copy(update={"bpffs": tmp_path / "bpf", "slot_entries": 1 << 20})
+    opened = Tables.open(large, compiled)
+    try:
+        slots = opened.slots
+        slots.write(0, struct.pack("=2I", 7, 8))
+        before = slots.view(2)
+        assert len(before) < 1 << 19
+        last = slots.max_entries - 1
+        slots.write(last, struct.pack("=I", 9))
+        assert (slots.read(0, 2), slots.read(last, 1)) == (
+            struct.pack("=2I", 7, 8),
+            struct.pack("=I", 9),
+        )
+        slots.write(1, struct.pack("=I", 10))
+        assert before[slots.stride : slots.stride + 4] == struct.pack("=I", 10)
+        with pytest.raises(OSError, match="Argument list too long"):
+            slots.read(last, 2)
+        before.release()
+    finally:
+        opened.close()
+        tables_module.remove_pins(large)

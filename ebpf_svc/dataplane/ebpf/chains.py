@@ -68,4 +68,4 @@ class Chains:
 
     def _words(self, backend: int) -> tuple[int, int, int]:
         table = self._backends
-        return self._codec.backend_words(table.view(), backend * table.stride)
+        return self._codec.backend_words(table.view(backend + 1), backend * table.stride)

@@ -152,15 +152,15 @@ class Live:
         return self._codec.endpoint(self._at(backend))
 
     def _at(self, backend: int) -> bytes:
-        start = backend * self._maps.backends.stride
-        return bytes(self._maps.backends.view()[start : start + self._codec.at_size])
+        maps, start = self._maps.backends, backend * self._maps.backends.stride
+        return bytes(maps.view(backend + 1)[start : start + self._codec.at_size])
 
     def _backend(self, backend: int) -> tuple[int, int]:
         """Service and flags of a backend."""
         maps = self._maps.backends
         if not NO_BACKEND < backend < maps.max_entries:
             return 0, 0
-        service, _, flags = self._codec.backend_words(maps.view(), backend * maps.stride)
+        service, _, flags = self._codec.backend_words(maps.view(backend + 1), backend * maps.stride)
         return service, flags
 
 

@@ -39,11 +39,11 @@ def read_family(codec: Codec, tables: FamilyTables) -> dict[FrontendKey, Fronten
 
 def chain(codec: Codec, tables: FamilyTables, head: int) -> Iterator[tuple[int, int, int]]:
     """Walk the backends from a head of the index on: (id, service, flags) of each."""
-    view, stride = tables.backends.view(), tables.backends.stride
+    table, stride = tables.backends, tables.backends.stride
     for _ in range(BACKEND_CHAIN_MAX):
-        if not NO_BACKEND < head < tables.backends.max_entries:
+        if not NO_BACKEND < head < table.max_entries:
             return
-        service, following, flags = codec.backend_words(view, head * stride)
+        service, following, flags = codec.backend_words(table.view(head + 1), head * stride)
         yield head, service, flags
         head = following
 

@@ -230,8 +230,8 @@ class FamilyState:
 
     def at_of(self, backend: int) -> bytes:
         """The `at` of a backend in the kernel."""
-        start = backend * self.tables.backends.stride
-        return bytes(self.tables.backends.view()[start : start + self.codec.at_size])
+        table, start = self.tables.backends, backend * self.tables.backends.stride
+        return bytes(table.view(backend + 1)[start : start + self.codec.at_size])
 
     def adopt(self) -> None:
         """Rebuild from the pinned maps what an earlier run left: every service is an orphan."""
@@ -289,7 +289,7 @@ class FamilyState:
                 orphan.lists += (HeldList(name, *slots, 0),)
 
     def _adopt_backends(self) -> None:
-        view, stride = self.tables.backends.view(), self.tables.backends.stride
+        table, stride = self.tables.backends, self.tables.backends.stride
         words = self.codec.backend_words
         for at, head in self.tables.backend_index.items():
             self.note_linked((at,))
@@ -301,6 +301,7 @@ class FamilyState:
                 except DataplaneError as error:  # beyond the array, or a chain that bites its tail
                     self.damage.append(str(error))
                     break
+                view = table.view(backend + 1)
                 service, following, flags = words(view, start)
                 orphan = self._orphan(service)
                 if orphan is None or view[start : start + len(at)] != at:

@@ -20,6 +20,8 @@ _ONE_BY_ONE = 4
 """Up to this many entries single calls are as fast as a batch."""
 _BLOCK_BYTES = 1 << 20
 """Of per-CPU values read at a time."""
+_STEP_BYTES = 1 << 18
+"""Mapped arrays grow by so much: a larger one is mapped anew each time."""
 
 
 class Table:
@@ -176,16 +178,15 @@ class HashTable(Table):
 class ArrayTable(Table):
     """An array in the agent's own memory: reading and writing cost no system call.
 
-    Elements lie `stride` bytes apart, their size rounded up to 8, as the kernel lays them.
+    Elements lie `stride` bytes apart, their size rounded up to 8, as the kernel lays them. Only the
+    part that is used is mapped, for the kernel counts every mapped page as the agent's memory.
     """
 
     def __init__(self, name: str, fd: int, key: Layout, value: Layout) -> None:
         super().__init__(name, fd, key, value)
         self.stride = -(-value.size // 8) * 8
-        length = -(-self.stride * self.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._view = memoryview(self._map)
-        self._words = self._view.cast("I")
+        self._length = -(-self.stride * self.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._reach(0, 1)
 
     def write(self, first: int, data: bytes) -> None:
         """Write values laid end to end from index `first` on.
@@ -221,20 +222,38 @@ class ArrayTable(Table):
             return array("I", memoryview(data).cast("I")[::2]).tobytes()
         return b"".join([data[at : at + size] for at in range(0, len(data), stride)])
 
-    def view(self) -> memoryview:
-        """All of it, writable, `stride` bytes an element; writes through it are not counted."""
+    def view(self, count: int) -> memoryview:
+        """The first `count` elements at least, writable, `stride` bytes an element; writes through
+        it are not counted.
+        """
+        self._check(0, count)
         return self._view
 
     def _check(self, first: int, count: int) -> None:
+        """Map what is asked for; raises OSError beyond the last element."""
         # The mapping's last page reaches beyond the last element.
         if first < 0 or first + count > self.max_entries:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), self.name)
+        if (first + count) * self.stride > len(self._view):
+            self._reach(first, count)
+
+    def _reach(self, first: int, count: int) -> None:
+        """Map from the beginning up to these elements. Views taken before stay good, as long as
+        somebody has them.
+        """
+        wanted = -(-(first + count) * self.stride // _STEP_BYTES) * _STEP_BYTES
+        length, access = min(wanted, self._length), mmap.PROT_READ | mmap.PROT_WRITE
+        self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED, access)
+        self._view = memoryview(self._map)
+        self._words = self._view.cast("I")
 
     def _copy(self, old: Table) -> bool:
         assert isinstance(old, ArrayTable)
         if old.max_entries > self.max_entries:
             return False
-        self._view[: len(old._view)] = old._view
+        used = old.view(old.max_entries)
+        self._check(0, old.max_entries)
+        self._view[: len(used)] = used
         return True
 
     def close(self) -> None:

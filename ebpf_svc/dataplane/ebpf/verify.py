@@ -74,14 +74,14 @@ class FamilyVerifier:
     def _backends(self) -> Iterator[str]:
         """The array, chains aside: their links are the index's to verify."""
         codec, table = self._codec, self._tables.backends
-        view, stride, words = table.view(), table.stride, codec.backend_words
+        stride, words = table.stride, codec.backend_words
         for record in self._state.records.values():
             plan = record.plan
             if plan is None:
                 continue
             ats = codec.ats(plan.backends, plan.key.port_name.protocol.number)
             for backend, at, endpoint in zip(record.backend_ids, ats, plan.backends, strict=True):
-                start = backend * stride
+                view, start = table.view(backend + 1), backend * stride
                 service, following, flags = words(view, start)
                 wanted = entries.backend_flags(endpoint)
                 if (
@@ -94,7 +94,7 @@ class FamilyVerifier:
                 yield f"{endpoint.address} port {endpoint.port} of {plan.key} written again"
         for backends in self._state.dead.values():
             for backend in backends:
-                if words(view, backend * stride)[2]:
+                if words(table.view(backend + 1), backend * stride)[2]:
                     table.write_word(backend, codec.flags_offset, 0)
                     yield f"{backend} is gone and served again"
 
@@ -111,7 +111,7 @@ class FamilyVerifier:
                     break
                 unlinked[here] = 0
                 before = here
-                here = codec.backend_words(table.view(), here * table.stride)[1]
+                here = codec.backend_words(table.view(here + 1), here * table.stride)[1]
         for at, before in cut:
             if before == NO_BACKEND:
                 foreign.append(at)

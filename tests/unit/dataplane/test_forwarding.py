@@ -53,7 +53,9 @@ def chain_of(tables: Tables, agent: Forwarding, address: str, port: int = 8080) 
     here = number(head) if head else 0
     while here:
         chain.append(here)
-        here = codec.backend_words(of_family.backends.view(), here * of_family.backends.stride)[1]
+        here = codec.backend_words(
+            of_family.backends.view(here + 1), here * of_family.backends.stride
+        )[1]
     return chain
 
 
@@ -133,9 +135,9 @@ def test_frontend_is_switched_after_what_it_points_at_and_before_what_it_left() 
         for _, data in items:
             value = state.codec.frontend_value(data)
             slots = tables.slots.read(value.cluster_first, value.cluster_count)
-            view, stride = state.tables.backends.view(), state.tables.backends.stride
+            table = state.tables.backends
             for backend in (*memoryview(slots).cast("I"), 1):
-                at = backend * stride
+                view, at = table.view(backend + 1), backend * table.stride
                 flags = state.codec.backend_words(view, at)[2]
                 seen.append((*state.codec.endpoint(view, at), flags))
         update(items)

@@ -198,7 +198,7 @@ def test_tombstone_in_the_middle_of_a_chain_leaves_its_neighbours_linked(node: N
         while here:
             chain.append(here)
             at = here * node.tables.backends.stride
-            here = node.codec.backend_words(node.tables.backends.view(), at)[1]
+            here = node.codec.backend_words(node.tables.backends.view(here + 1), at)[1]
         assert chain == left
 
 
