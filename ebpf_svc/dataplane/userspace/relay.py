@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from ebpf_svc.config.userspace import UserspaceSettings
 from ebpf_svc.dataplane.userspace import stream
+from ebpf_svc.dataplane.userspace.addresses import NodeAddresses
 from ebpf_svc.dataplane.userspace.affinity import Affinity
 from ebpf_svc.dataplane.userspace.choice import Choice
 from ebpf_svc.dataplane.userspace.datagram import DATAGRAM_BYTES, Clients, Flow
@@ -118,7 +119,7 @@ class Relay:
         self._streams: set[Stream] = set()
         self._own: set[Own] = set()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._of_node: dict[str, bool] = {}
+        self._addresses = NodeAddresses()
         self._limit, self._switch_s = 0, 0.0
         self.loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
@@ -180,7 +181,8 @@ class Relay:
         """Serve a plan: new flows go to its backends, datagrams to those that left end (C7)."""
         port = self.ports.get(plan.key)
         if port is None:
-            port = Port(plan, Choice(plan.key, self._affinity, self._rng, self._is_of_node))
+            choice = Choice(plan.key, self._affinity, self._rng, self._addresses.has)
+            port = Port(plan, choice)
             self.ports[plan.key] = port
         port.plan = plan
         port.choice.take(plan)
@@ -356,23 +358,9 @@ class Relay:
         self.loop.call_later(max(idle_s / 4, 0.05), self._expire)
 
     def _forget_addresses(self) -> None:
-        """Addresses come and go; to try one costs four calls of the kernel."""
-        self._of_node.clear()
+        """Addresses come and go."""
+        self._addresses.forget()
         self.loop.call_later(ADDRESSES_S, self._forget_addresses)
-
-    def _is_of_node(self, address: str) -> bool:
-        """Whether an address is on this node: only then can a socket have it."""
-        known = self._of_node.get(address)
-        if known is None:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            with socket.socket(family, socket.SOCK_DGRAM) as trial:
-                try:
-                    trial.bind((address, 0))
-                    known = True
-                except OSError:
-                    known = False
-            self._of_node[address] = known
-        return known
 
     def _sweep(self) -> None:
         """Forget affinity that is over: of services, of backends, by time."""
