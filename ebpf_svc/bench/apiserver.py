@@ -32,6 +32,10 @@ PATHS = {
     "ServiceCIDR": ("networking.k8s.io/v1", "/apis/networking.k8s.io/v1/servicecidrs"),
 }
 """API version and path of the kinds served."""
+PATHS_BEFORE_1_22 = PATHS | {
+    "EndpointSlice": ("discovery.k8s.io/v1beta1", "/apis/discovery.k8s.io/v1beta1/endpointslices")
+}
+"""What clients of older releases ask for."""
 
 
 @dataclass
@@ -68,11 +72,12 @@ class MockApiServer:
         *,
         tls: ssl.SSLContext | None = None,
         make_socket: Callable[[], socket.socket] = socket.socket,
+        paths: Mapping[str, tuple[str, str]] = PATHS,
     ) -> None:
         """Prepare; `make_socket` may make one of another network namespace."""
-        self._tls, self._make_socket = tls, make_socket
+        self._tls, self._make_socket, self._paths = tls, make_socket, paths
         self._collections = {
-            path: Collection(kind, version) for kind, (version, path) in PATHS.items()
+            path: Collection(kind, version) for kind, (version, path) in paths.items()
         }
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="apiserver")
@@ -216,7 +221,7 @@ class MockApiServer:
         return self._call(lambda: len(self._of_kind(kind).watchers))
 
     def _of_kind(self, kind: str) -> Collection:
-        return self._collections[PATHS[kind][1]]
+        return self._collections[self._paths[kind][1]]
 
     def _call(self, run: Callable[[], _T]) -> _T:
         done: concurrent.futures.Future[_T] = concurrent.futures.Future()

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ebpf_svc.bench.apiserver import MockApiServer
+from ebpf_svc.bench.apiserver import PATHS, PATHS_BEFORE_1_22, MockApiServer
 from ebpf_svc.bench.population import Population
 from ebpf_svc.config import Settings
-from ebpf_svc.errors import EbpfSvcError
+from ebpf_svc.errors import CommandError, EbpfSvcError
+from ebpf_svc.host.command import run
 from ebpf_svc.testbed import addressing
 from ebpf_svc.testbed.agent import Agent, AgentError
 from ebpf_svc.testbed.host import Node
@@ -25,6 +26,10 @@ _STOP_S = 10.0
 _METRICS_URL = "http://127.0.0.1:10249/metrics"
 _PENDING = re.compile(r"^kubeproxy_sync_proxy_rules_\w+_changes_pending(?:{.*})? (\S+)", re.M)
 _SYNCED = re.compile(r"^kubeproxy_sync_proxy_rules_last_timestamp_seconds(?:{.*})? (\S+)", re.M)
+_RELEASE = re.compile(r"^Kubernetes v(\d+)\.(\d+)")
+_SLICES_V1_SINCE = (1, 22)
+"""The API server has them since 1.21, kube-proxy asks for them since 1.22."""
+_NFTABLES_SINCE = (1, 31)
 Item = dict[str, Any]
 
 
@@ -84,6 +89,31 @@ class KubeProxyError(EbpfSvcError):
     """The real kube-proxy did not do what it was told; the end of its log is told."""
 
 
+def reason_against(binary: Path | None, mode: str) -> str:
+    """Why a kube-proxy cannot be measured in a mode; empty = it can."""
+    if binary is None or not binary.is_file():
+        return "no kube-proxy was given (--kube-proxy PATH)"
+    try:
+        release = release_of(binary)
+    except KubeProxyError as error:
+        return str(error)
+    if mode == "nftables" and release < _NFTABLES_SINCE:
+        return f"kube-proxy {release[0]}.{release[1]} has no nftables mode"
+    return ""
+
+
+def release_of(binary: Path) -> tuple[int, int]:
+    """Major and minor version; raises KubeProxyError."""
+    try:
+        said = run([str(binary), "--version"])
+    except (CommandError, OSError) as error:
+        raise KubeProxyError(f"{binary} does not run: {error}") from error
+    found = _RELEASE.search(said)
+    if found is None:
+        raise KubeProxyError(f"{binary} is no kube-proxy: its version is {said.strip()!r}")
+    return int(found[1]), int(found[2])
+
+
 class KubeProxy:
     """The real one, fed by a stand-in API server in the node's network namespace."""
 
@@ -92,7 +122,8 @@ class KubeProxy:
         self._node, self._binary, self._mode = node, binary, mode
         self._log_path = node.folders.root / "kube-proxy.log"
         self._services = 0
-        self._server = MockApiServer()
+        is_old = release_of(binary) < _SLICES_V1_SINCE
+        self._server = MockApiServer(paths=PATHS_BEFORE_1_22 if is_old else PATHS)
         with node.namespace.entered():  # its thread stays there
             self._server.start()
         self._server.put("Node", _node_object(node))

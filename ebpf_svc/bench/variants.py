@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ebpf_svc.bench.figures import Variant
+from ebpf_svc.bench.serving import reason_against
 from ebpf_svc.config import Settings
 from ebpf_svc.modes import MODES, make_dataplane
 
@@ -93,8 +94,8 @@ def choose(
         if way.mode not in reasons:
             reasons[way.mode] = _reason_against(way.mode, settings)
         reason = reasons[way.mode]
-        if way.is_kube_proxy and not reason and not (kube_proxy and kube_proxy.is_file()):
-            reason = "no kube-proxy was given (--kube-proxy PATH)"
+        if way.is_kube_proxy and way.mode and not reason:
+            reason = reason_against(kube_proxy, way.mode)
         variants.append(Variant(way.name, way.title, reason))
         if not reason:
             ways.append(way)

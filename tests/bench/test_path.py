@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_svc.bench import path
-from ebpf_svc.bench.serving import is_settled
+from ebpf_svc.bench.serving import is_settled, reason_against
 
 
 @pytest.mark.root
@@ -32,6 +32,8 @@ def test_benchmark_measures_every_variant_in_turns(
 STAND_IN = """#!{python}
 # Our own agent under kube-proxy's flags: it has the metrics the benchmark waits for.
 import json, os, sys
+if sys.argv[1:] == ["--version"]:
+    sys.exit(print("Kubernetes v1.36.0"))
 told = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
 settings = {{
     "node_name": told["hostname-override"], "cluster_cidrs": [told["cluster-cidr"]],
@@ -61,6 +63,19 @@ def test_real_kube_proxy_is_a_variant_when_it_is_given(tmp_path: Path) -> None:
     assert path.main([*words, "--variants", "direct", "kube-proxy-ipvs"]) == 0
     (_, skipped) = json.loads(target.read_text())["variants"]
     assert skipped["skipped"]
+
+
+def test_kube_proxys_release_decides_what_it_can_be_asked_for(tmp_path: Path) -> None:
+    """An old one has no nftables mode, and something else is no kube-proxy."""
+    old, other = tmp_path / "old", tmp_path / "other"
+    old.write_text("#!/bin/sh\necho Kubernetes v1.20.2\n")
+    other.write_text("#!/bin/sh\necho 3.14\n")
+    for binary in (old, other):
+        binary.chmod(0o755)
+    assert reason_against(old, "iptables") == ""
+    assert reason_against(old, "nftables") == "kube-proxy 1.20 has no nftables mode"
+    assert "its version is '3.14'" in reason_against(other, "iptables")
+    assert "--kube-proxy PATH" in reason_against(None, "iptables")
 
 
 def test_kube_proxy_has_settled_when_nothing_is_pending() -> None:
