@@ -304,6 +304,8 @@ static int listen_on(int type, int port)
 		setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
 		/* An answer must leave from the address that was asked, of which there are many. */
 		setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &one, sizeof(one));
+		/* They are routed here, not given to a device, which IPv6 minds. */
+		setsockopt(fd, IPPROTO_IPV6, IPV6_FREEBIND, &one, sizeof(one));
 	}
 	if (bind(fd, (struct sockaddr *)&any, sizeof(any)))
 		die("bind");

@@ -23,6 +23,7 @@ from ebpf_svc.bench.site import (
     address_of,
     node_port_backend,
 )
+from ebpf_svc.model.net import Family
 from ebpf_svc.testbed import addressing
 
 OPEN_SOCKETS = 16
@@ -58,18 +59,21 @@ class Measure:
     def to_sink(self) -> bool:
         return self.what in ("bulk", "udp-rate")
 
-    def order(self, backends: int, *, direct: bool) -> Order:
+    def order(self, backends: int, *, direct: bool, family: Family = Family.V4) -> Order:
         """What the client is told: the service's address, or a backend's."""
         sockets = OPEN_SOCKETS if self.what == "request" else 1
         if self.outside:
             far = self.outside == "far"
             address, port = (
-                (node_port_backend(far=far), ECHO)
+                (node_port_backend(family, far=far), ECHO)
                 if direct
-                else (addressing.node_addresses(1).v4, NODE_PORT_FAR if far else NODE_PORT_NEAR)
+                else (
+                    addressing.node_addresses(1).of(family),
+                    NODE_PORT_FAR if far else NODE_PORT_NEAR,
+                )
             )
             return Order(self.what, address, port, sockets)
-        vip, backend = address_of(backends)
+        vip, backend = address_of(backends, family)
         ports = (SINK, SERVICE_SINK) if self.to_sink else (ECHO, SERVICE_ECHO)
         return Order(self.what, backend if direct else vip, ports[not direct], sockets)
 

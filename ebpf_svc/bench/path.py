@@ -31,6 +31,7 @@ from ebpf_svc.bench.site import Site
 from ebpf_svc.bench.variants import DEFAULT, KUBE_PROXIES, WAYS, Way, choose
 from ebpf_svc.config import EbpfSettings, Settings
 from ebpf_svc.errors import EbpfSvcError
+from ebpf_svc.model.net import Family
 from ebpf_svc.testbed import addressing
 from ebpf_svc.testbed.host import Host
 
@@ -61,6 +62,8 @@ class Options:
     """Services at which everything is measured."""
     kube_proxy: Path | None = None
     """The real one, for the variants that need it."""
+    family: Family = Family.V4
+    """Of all addresses."""
 
     @classmethod
     def short(cls) -> Options:
@@ -99,6 +102,7 @@ def run(options: Options, *, command: str = "") -> Comparison:
                     binary=binary,
                     cache_dir=cache_dir,
                     cpu=_cpu(),
+                    family=options.family,
                     update=_sized(way, options),
                     tracked=way.tracked,
                     xdp_wires=way.xdp_wires,
@@ -164,7 +168,9 @@ class _Run:
         for name, site in self.sites.items():
             if site.is_programmed:
                 self.progress.doing(f"{name}: {services:,} services")
-                took_s = site.grow(Population(services, self.options.endpoints))
+                took_s = site.grow(
+                    Population(services, self.options.endpoints, self.options.family)
+                )
                 programmed[f"{name} {services}"] = round(took_s, 2)
 
     def _take(self, step: Step) -> Figure:
@@ -187,7 +193,8 @@ class _Run:
     def _run_once(self, way: Way, step: Step, ms: int) -> Outcome:
         site, measure = self.sites[way.place], step.measure
         host = site.asker("outside" if measure.outside else way.asker)
-        order = measure.order(step.backends, direct=way.mode is None)
+        direct, family = way.mode is None, self.options.family
+        order = measure.order(step.backends, direct=direct, family=family)
         cpu_ns = partial(site.cpu_ns, with_agent=way.relays)
         _set_offload(host, measure)
         try:
@@ -265,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants=tuple(given.variants or (*DEFAULT, *(KUBE_PROXIES if given.kube_proxy else ()))),
         measures=tuple(given.measures or ()),
         kube_proxy=given.kube_proxy.resolve() if given.kube_proxy else None,
+        family=Family(given.family),
         full_at=base.full_at if base.full_at in services else services[-1],
     )
     command = shlex.join(["ebpf-svc", "bench", "path", *words])
@@ -285,7 +293,7 @@ def _run_in_vm(kernel: str, options: Options, command: str) -> Comparison:
     """The same inside a virtual machine, as it was told by its JSON."""
     told = _plain(options)
     words = [str(word) for name in ("services", "variants") for word in (f"--{name}", *told[name])]
-    for name in ("endpoints", "rounds", "ms"):
+    for name in ("endpoints", "rounds", "ms", "family"):
         words += [f"--{name}", str(told[name])]
     if options.measures:
         words += ["--measures", *options.measures]
@@ -319,6 +327,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--short", action="store_true", help="less of all, in under a minute")
     parser.add_argument("--services", type=int, nargs="+", metavar="N")
     parser.add_argument("--endpoints", type=int, default=ENDPOINTS, metavar="N")
+    parser.add_argument("--family", type=int, choices=[int(each) for each in Family],
+                        default=int(Family.V4), help="IPv4 or IPv6")  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="N")
     parser.add_argument("--ms", type=int, metavar="N", help="length of a sample")
     parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME",

@@ -83,12 +83,12 @@ def _relative(figure: Figure, name: str) -> Bar:
     return Bar(name, value, text, low, high)
 
 
-def relative_rounds(figure: Figure, name: str) -> list[float]:
+def relative_rounds(figure: Figure, name: str, base: str = DIRECT) -> list[float]:
     """How many times as fast as direct, round by round; more is better whatever the unit."""
-    pairs = zip(figure.samples[name], figure.samples[DIRECT], strict=False)
+    pairs = zip(figure.samples[name], figure.samples.get(base, ()), strict=False)
     if figure.better == LESS:
-        return [direct / ours for ours, direct in pairs]
-    return [ours / direct for ours, direct in pairs]
+        return [limit / ours for ours, limit in pairs]
+    return [ours / limit for ours, limit in pairs]
 
 
 def _over_services(comparison: Comparison, key: str) -> dict[str, list[tuple[float, float]]]:

@@ -21,9 +21,18 @@ NODE = NodeFacts(
 )
 NODES = 20
 """Machines the endpoints are spread over."""
-_FIRST_VIP = int(ipaddress.ip_address("10.96.0.1"))
-_FIRST_POD = int(ipaddress.ip_address("10.128.0.1"))
-_FIRST_OTHER_POD = int(ipaddress.ip_address("10.64.0.0"))
+_FIRST_VIPS = {
+    Family.V4: ipaddress.ip_address("10.96.0.1"),
+    Family.V6: ipaddress.ip_address("fd00:10:96::1"),
+}
+_FIRST_PODS = {
+    Family.V4: ipaddress.ip_address("10.128.0.1"),
+    Family.V6: ipaddress.ip_address("fd00:10:128::1"),
+}
+_FIRST_OTHER_PODS = {
+    Family.V4: ipaddress.ip_address("10.64.0.0"),
+    Family.V6: ipaddress.ip_address("fd00:10:64::"),
+}
 """Addresses of endpoints that replace others."""
 _PER_FILE = 1000
 """Services whose manifests share a file."""
@@ -35,6 +44,7 @@ class Population:
 
     services: int
     endpoints: int
+    family: Family = Family.V4
 
     def snapshot(self) -> Snapshot:
         """What a store holds once it knows them all."""
@@ -78,7 +88,7 @@ class Population:
             (old,) = slices[name]
             kept = old.endpoints[: len(old.endpoints) - count]
             fresh = [
-                replace(each, address=str(ipaddress.ip_address(_FIRST_OTHER_POD + first + n)))
+                replace(each, address=str(_FIRST_OTHER_PODS[self.family] + first + n))
                 for n, each in enumerate(old.endpoints[len(kept) :])
             ]
             slices[name] = (replace(old, endpoints=(*kept, *fresh)),)
@@ -109,25 +119,28 @@ class Population:
             name=name,
             type=ServiceType.CLUSTER_IP,
             ports=(ServicePort("", Protocol.TCP, 80),),
-            cluster_ips=(_vip(i),),
+            cluster_ips=(self._vip(i),),
         )
 
     def _slice(self, i: int, name: ServiceName) -> EndpointSlice:
         return EndpointSlice(
             namespace=name.namespace,
-            name=f"{name.name}-ipv4",
+            name=f"{name.name}-{self.family.label.lower()}",
             service_name=name,
-            family=Family.V4,
+            family=self.family,
             ports=(EndpointPort("", Protocol.TCP, 8080),),
             endpoints=tuple(
                 Endpoint(address, node_name=node) for address, node in self._endpoints(i)
             ),
         )
 
+    def _vip(self, i: int) -> str:
+        return str(_FIRST_VIPS[self.family] + i)
+
     def _endpoints(self, i: int) -> Iterator[tuple[str, str]]:
         for j in range(self.endpoints):
             number = i * self.endpoints + j
-            yield str(ipaddress.ip_address(_FIRST_POD + number)), f"node{number % NODES + 1}"
+            yield str(_FIRST_PODS[self.family] + number), f"node{number % NODES + 1}"
 
     def _manifests(self, i: int) -> list[dict[str, Any]]:
         name = _name(i)
@@ -137,17 +150,17 @@ class Population:
                 "apiVersion": "v1",
                 "kind": "Service",
                 "metadata": metadata,
-                "spec": {"clusterIP": _vip(i), "ports": [{"port": 80, "targetPort": 8080}]},
+                "spec": {"clusterIP": self._vip(i), "ports": [{"port": 80, "targetPort": 8080}]},
             },
             {
                 "apiVersion": "discovery.k8s.io/v1",
                 "kind": "EndpointSlice",
                 "metadata": {
                     "namespace": name.namespace,
-                    "name": f"{name.name}-ipv4",
+                    "name": f"{name.name}-{self.family.label.lower()}",
                     "labels": {"kubernetes.io/service-name": name.name},
                 },
-                "addressType": "IPv4",
+                "addressType": self.family.label,
                 "ports": [{"port": 8080, "protocol": "TCP"}],
                 "endpoints": [
                     {"addresses": [address], "nodeName": node, "conditions": {"ready": True}}
@@ -159,7 +172,3 @@ class Population:
 
 def _name(i: int) -> ServiceName:
     return ServiceName("default", f"svc-{i}")
-
-
-def _vip(i: int) -> str:
-    return str(ipaddress.ip_address(_FIRST_VIP + i))

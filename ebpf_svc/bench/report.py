@@ -13,7 +13,8 @@ from ebpf_svc.bench import figures, goals, plots, tables
 from ebpf_svc.bench.document import Block, Command, Heading, Plot, Table, Text, html, markdown
 from ebpf_svc.bench.figures import Comparison, Figure
 from ebpf_svc.bench.packet import EMPTY, MINIMAL
-from ebpf_svc.bench.variants import DIRECT
+from ebpf_svc.bench.variants import DIRECT, TRACKED
+from ebpf_svc.model.net import Family
 
 _ABOUT = """\
 All figures of a table were taken in one run, the variants in turns; ratios are medians of each \
@@ -46,6 +47,10 @@ def blocks(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Block]:
             yield _series(run, with_limits=True)
 
 
+_BASELINES = """\
+Goals are held against a direct request on a node that tracks no connections. The last column is \
+the same figure against one that tracks them, as a node with any NAT or state rule does."""
+_TO = {DIRECT: "to direct", TRACKED: "to direct, tracked"}
 _TITLES = {
     "watch": "From the API server to the kernel",
     "maglev": "Maglev tables",
@@ -56,7 +61,8 @@ _TITLES = {
 def _path(name: str, comparison: Comparison) -> Iterator[Block]:
     where = comparison.environment.get("where", "")
     most = max(figure.services for figure in comparison.figures)
-    yield Heading(f"Data path, up to {most:,} services{f', {where}' if where else ''}")
+    family = Family(comparison.parameters.get("family", Family.V4)).label
+    yield Heading(f"Data path, {family}, up to {most:,} services{f', {where}' if where else ''}")
     yield from _taken_on({"environment": comparison.environment, "took_s": comparison.took_s})
     for note in comparison.notes:
         yield Text(note)
@@ -67,9 +73,10 @@ def _path(name: str, comparison: Comparison) -> Iterator[Block]:
         yield Plot(f"{name}-{title}", svg, title.replace("-", " "))
     found = list(goals.of_comparison(comparison))
     if found:
-        rows = [(goal.sentence, goal.measured, _held(goal.holds)) for goal in found]
+        rows = [(goal.sentence, goal.measured, _held(goal.holds), goal.tracked) for goal in found]
         yield Heading("Goals", 3)
-        yield Table(("goal", "measured", ""), rows)
+        yield Text(_BASELINES)
+        yield Table(("goal", "measured", "", "beside direct, tracked"), rows)
     for figure in comparison.figures:
         yield Heading(f"{figure.title}, {tables.size(figure)}", 3)
         yield _figure(figure, comparison)
@@ -78,11 +85,11 @@ def _path(name: str, comparison: Comparison) -> Iterator[Block]:
 def _figure(figure: Figure, comparison: Comparison) -> Table:
     peer = tables.peer_of(comparison)
     seen = [one for one in tables.DETAILS if any(one in each for each in figure.details.values())]
-    head = ["", f"{figure.unit}", "spread", "to direct", *([f"to {peer}"] if peer else [])]
+    bases = [name for name in (DIRECT, TRACKED, peer) if name in figure.samples]
+    head = ["", f"{figure.unit}", "spread", *(_TO.get(name, f"to {name}") for name in bases)]
     rows = []
     for variant in comparison.measured:
         if variant.name in figure.samples:
-            bases = (DIRECT, peer) if peer else (DIRECT,)
             ratios = [figure.ratio(variant.name, base) for base in bases]
             details = figure.details.get(variant.name, {})
             rows.append(

@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ebpf_svc.bench.generator import Server, cpu_ns_of
 from ebpf_svc.bench.population import Population
 from ebpf_svc.bench.serving import KubeProxy, OurAgent, Serving
 from ebpf_svc.config import Settings
+from ebpf_svc.model.net import Family
 from ebpf_svc.testbed import drivers
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
@@ -32,22 +34,42 @@ ECHO, SINK = 8080, 8081
 """Ports backends answer on, TCP and UDP."""
 SERVICE_ECHO, SERVICE_SINK = 80, 81
 NODE_PORT_NEAR, NODE_PORT_FAR = 30080, 30081
-NEAR, FAR = "10.244.128.0/20", "10.244.144.0/20"
 BACKENDS = (1, 10, 1_000)
-_VIPS = {1: "10.111.255.1", 10: "10.111.255.10", 1_000: "10.111.255.100"}
-_NEAR_VIP, _FAR_VIP = "10.111.255.201", "10.111.255.202"
 _NAMESPACE = "zz-bench"
 """Sorts after every other service: the longest way through lists of rules."""
-_OWN_PORTS = (len(_VIPS) + 2) * 4
+_OWN_PORTS = (len(BACKENDS) + 2) * 4
 """Service ports of ours: two numbers, two protocols each."""
 _SLICE_ENDPOINTS = 100
 _TRACKING = """
-table ip bench {
+table inet bench {
     chain postrouting { type nat hook postrouting priority srcnat; meta mark 0xfeed masquerade; }
 }
 """
 """A rule nothing matches: that there is one makes the kernel track every connection."""
-_SERVICE_CIDRS = ("10.96.0.0/12", "fd00:10:96::/112")
+_SERVICE_CIDRS = ("10.96.0.0/12", "fd00:10:96::/108")
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Addresses of one family."""
+
+    near: str
+    """Prefix of the backends on the node that is asked."""
+    far: str
+    """Of those on the other node."""
+    vips: str
+    """Cluster IPs of ours: beyond those of the population."""
+
+    def vip(self, number: int) -> str:
+        return _nth(self.vips, number)
+
+
+GROUNDS = {
+    Family.V4: Ground("10.244.128.0/20", "10.244.144.0/20", "10.111.248.0/21"),
+    Family.V6: Ground("fd00:10:244:80::/64", "fd00:10:244:90::/64", "fd00:10:96::f:0/112"),
+}
+_NEAR_VIP, _FAR_VIP = 2_001, 2_002
+"""Which cluster IPs the services of node ports have; the others' is their number of backends."""
 
 
 class Site:
@@ -60,6 +82,7 @@ class Site:
         binary: Path,
         cache_dir: Path,
         cpu: int,
+        family: Family = Family.V4,
         update: Mapping[str, Any] | None = None,
         tracked: bool = False,
         xdp_wires: bool = False,
@@ -69,12 +92,14 @@ class Site:
 
         Args:
             mode: of the agent; None = no agent.
+            family: what services and backends have addresses of.
             xdp_wires: make the wires fit for programs in drivers.
             kube_proxy: the binary that serves in that mode instead of our agent.
             update: settings that differ, by section or name.
             tracked: the nodes track connections whether a mode needs it or not.
         """
         self._undo = ExitStack()
+        self._family = family
         self._serving: Serving | None = None
         try:
             self.cluster = self._undo.enter_context(
@@ -95,12 +120,12 @@ class Site:
             self.servers = tuple(self._serve(pod, binary, cpu) for pod in self._webs)
             if mode is not None:
                 if kube_proxy is not None:
-                    self._serving = KubeProxy(near, kube_proxy, mode, _own_objects())
+                    self._serving = KubeProxy(near, kube_proxy, mode, _own_objects(family))
                 else:
                     manifests = self.cluster.folder / "manifests"
                     manifests.mkdir()
                     settings = _updated(self.cluster.settings(near, manifests), update or {})
-                    self._serving = OurAgent(near, settings, mode, _own_objects())
+                    self._serving = OurAgent(near, settings, mode, _own_objects(family))
                 self._undo.callback(self._serving.close)
         except BaseException:
             self.close()
@@ -141,29 +166,33 @@ class Site:
         return server
 
     def _wire(self, near: Node, far: Node) -> None:
-        for pod, prefix in zip(self._webs, (NEAR, FAR), strict=True):
-            pod.run(["ip", "route", "add", "local", prefix, "dev", "lo"])
-            way = ["via", pod.addresses.v4, "dev", pod.device, "onlink"]
-            pod.node.run(["ip", "route", "add", prefix, *way])
-        router, home = self.cluster.router, near.addresses.v4
-        near.run(["ip", "route", "add", FAR, "via", far.addresses.v4])
-        far.run(["ip", "route", "add", NEAR, "via", home])
-        far.run(["ip", "route", "add", f"{self.cluster.client.addresses.v4}/32", "via", home])
-        for prefix in (NEAR, FAR):
-            router.run(["ip", "route", "add", prefix, "via", home])
+        family, ground = self._family, GROUNDS[self._family]
+        add = ["ip", f"-{int(family)}", "route", "add"]
+        for pod, prefix in zip(self._webs, (ground.near, ground.far), strict=True):
+            pod.run([*add, "local", prefix, "dev", "lo"])
+            way = ["via", pod.address(family), "dev", pod.device, "onlink"]
+            pod.node.run([*add, prefix, *way])
+        router, home = self.cluster.router, near.address(family)
+        near.run([*add, ground.far, "via", far.address(family)])
+        far.run([*add, ground.near, "via", home])
+        far.run([*add, self.cluster.client.address(family), "via", home])
+        for prefix in (ground.near, ground.far):
+            router.run([*add, prefix, "via", home])
         for host in (router, near, far):
             for scope in ("all", "default", *_devices(host)):
                 host.namespace.sysctl({f"net/ipv4/conf/{scope}/send_redirects": 0})
+        for scope in ("all", *_devices(self.cluster.client)):
+            self.cluster.client.namespace.sysctl({f"net/ipv6/conf/{scope}/accept_redirects": 0})
 
 
-def address_of(backends: int) -> tuple[str, str]:
+def address_of(backends: int, family: Family) -> tuple[str, str]:
     """Cluster IP of the service with so many backends, and the first of them."""
-    return _VIPS[backends], _backend(NEAR, 0)
+    return GROUNDS[family].vip(backends), _nth(GROUNDS[family].near, 1)
 
 
-def node_port_backend(*, far: bool) -> str:
+def node_port_backend(family: Family, *, far: bool) -> str:
     """The one backend behind a node port."""
-    return _backend(FAR if far else NEAR, 0)
+    return _nth(GROUNDS[family].far if far else GROUNDS[family].near, 1)
 
 
 def _devices(host: Host) -> list[str]:
@@ -179,22 +208,24 @@ def _updated(settings: Settings, update: Mapping[str, Any]) -> Settings:
     return settings.model_copy(update=values)
 
 
-def _backend(prefix: str, number: int) -> str:
-    return str(ipaddress.ip_network(prefix)[number + 1])
+def _nth(prefix: str, number: int) -> str:
+    return str(ipaddress.ip_network(prefix)[number])
 
 
-def _own_objects() -> Iterator[dict[str, Any]]:
-    for count, vip in _VIPS.items():
-        yield from _objects(f"of-{count}", vip, [_backend(NEAR, i) for i in range(count)], "node1")
+def _own_objects(family: Family) -> Iterator[dict[str, Any]]:
+    ground = GROUNDS[family]
+    for count in BACKENDS:
+        addresses = [_nth(ground.near, 1 + i) for i in range(count)]
+        yield from _objects(f"of-{count}", family, count, addresses, "node1")
     for name, vip, port, prefix, node in (
-        ("near", _NEAR_VIP, NODE_PORT_NEAR, NEAR, "node1"),
-        ("far", _FAR_VIP, NODE_PORT_FAR, FAR, "node2"),
+        ("near", _NEAR_VIP, NODE_PORT_NEAR, ground.near, "node1"),
+        ("far", _FAR_VIP, NODE_PORT_FAR, ground.far, "node2"),
     ):
-        yield from _objects(name, vip, [_backend(prefix, 0)], node, node_port=port)
+        yield from _objects(name, family, vip, [_nth(prefix, 1)], node, node_port=port)
 
 
 def _objects(
-    name: str, vip: str, addresses: list[str], node: str, node_port: int = 0
+    name: str, family: Family, vip: int, addresses: list[str], node: str, *, node_port: int = 0
 ) -> Iterator[dict[str, Any]]:
     """A Service of both ports and protocols, and its slices."""
     ports = [
@@ -202,7 +233,8 @@ def _objects(
         for kind, port, to in (("echo", SERVICE_ECHO, ECHO), ("sink", SERVICE_SINK, SINK))
         for protocol in ("TCP", "UDP")
     ]
-    spec: dict[str, Any] = {"clusterIP": vip, "ports": ports}
+    spec: dict[str, Any] = {"clusterIP": GROUNDS[family].vip(vip), "ports": ports}
+    spec["ipFamilies"] = [family.label]
     if node_port:
         spec["type"] = "NodePort"
         # The second port needs one of its own.
@@ -219,7 +251,7 @@ def _objects(
                 "name": f"{name}-{start}",
                 "labels": {"kubernetes.io/service-name": name},
             },
-            "addressType": "IPv4",
+            "addressType": family.label,
             "ports": [
                 {"name": port["name"], "protocol": port["protocol"], "port": port["targetPort"]}
                 for port in ports

@@ -12,7 +12,10 @@ from ebpf_svc.bench.serving import reason_against
 from ebpf_svc.config import Settings
 from ebpf_svc.modes import MODES, make_dataplane
 
-DIRECT = "direct"
+DIRECT, TRACKED = "direct", "conntrack"
+"""Without a Service: the limit, and the limit of a node on which anybody has the kernel track
+connections, be it with one NAT or state rule of a CNI's: nearly every one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Way:
 
 WAYS = (
     Way(DIRECT, "direct, no Service", None),
-    Way("conntrack", "direct, connection tracking on", None, tracked=True),
+    Way(TRACKED, "direct, connection tracking on", None, tracked=True),
     Way("ebpf", "eBPF, socket hooks", "ebpf"),
     Way("ebpf-tc", "eBPF, tc only", "ebpf", asker="sandbox", site="ebpf"),
     Way("ebpf-fast", "eBPF, tc, fast path", "ebpf", asker="sandbox",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpf_svc.bench import path
+from ebpf_svc.bench.measures import MEASURES
 from ebpf_svc.bench.serving import is_settled, reason_against
 
 
@@ -27,6 +28,18 @@ def test_benchmark_measures_every_variant_in_turns(
     assert all(len(each) == 2 for each in by_key["bulk-mtu"]["samples"].values())
     assert 0 < document["environment"]["generator_share"] < 1
     assert "eBPF, tc only" in capsys.readouterr().out
+
+
+@pytest.mark.root
+def test_benchmark_measures_ipv6(tmp_path: Path) -> None:
+    """Every kind of traffic gets its answers there, through the Service and directly."""
+    target = tmp_path / "path.json"
+    words = ["--short", "--services", "3", "--rounds", "1", "--ms", "20", "--json", str(target)]
+    assert path.main([*words, "--family", "6", "--variants", "direct", "ebpf"]) == 0
+    document = json.loads(target.read_text())
+    assert document["parameters"]["family"] == 6
+    assert {each["key"] for each in document["figures"]} == {each.key for each in MEASURES}
+    assert all(set(each["samples"]) == {"direct", "ebpf"} for each in document["figures"])
 
 
 STAND_IN = """#!{python}

@@ -7,6 +7,8 @@ import pytest
 from ebpf_svc.bench import generator, measures
 from ebpf_svc.bench.generator import GeneratorError, Outcome
 from ebpf_svc.bench.measures import MEASURES
+from ebpf_svc.bench.population import Population
+from ebpf_svc.model.net import Family
 
 _BY_KEY = {measure.key: measure for measure in MEASURES}
 
@@ -51,9 +53,26 @@ def test_direct_goes_to_the_backend_and_others_to_the_service() -> None:
     direct = _BY_KEY["connect"].order(10, direct=True)
     ours = _BY_KEY["connect"].order(10, direct=False)
     assert (direct.address, direct.port) == ("10.244.128.1", 8080)
-    assert (ours.address, ours.port) == ("10.111.255.10", 80)
+    assert (ours.address, ours.port) == ("10.111.248.10", 80)
     far = _BY_KEY["nodeport-far"].order(1, direct=False)
     assert (far.address, far.port) == ("192.168.100.11", 30081)
+
+
+def test_every_address_is_of_the_family_that_is_asked_for() -> None:
+    """Service, backend and node; what is asked directly is behind the service, too."""
+    connect, far = _BY_KEY["connect"], _BY_KEY["nodeport-far"]
+    direct = connect.order(1_000, direct=True, family=Family.V6)
+    ours = connect.order(1_000, direct=False, family=Family.V6)
+    assert (direct.address, ours.address) == ("fd00:10:244:80::1", "fd00:10:96::f:3e8")
+    assert far.order(1, direct=True, family=Family.V6).address == "fd00:10:244:90::1"
+    assert far.order(1, direct=False, family=Family.V6).address == "fd00:192:168:100::11"
+    services, slices = (
+        [each for each in Population(2, 1, Family.V6).objects() if each["kind"] == kind]
+        for kind in ("Service", "EndpointSlice")
+    )
+    assert [each["spec"]["clusterIP"] for each in services] == ["fd00:10:96::1", "fd00:10:96::2"]
+    assert {each["addressType"] for each in slices} == {"IPv6"}
+    assert slices[1]["endpoints"][0]["addresses"] == ["fd00:10:128::2"]
 
 
 def test_histograms_of_all_rounds_become_one() -> None:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ebpf_svc.bench import compare, goals, plots, report
-from ebpf_svc.bench.document import markdown
+from ebpf_svc.bench.document import Table, markdown
 from ebpf_svc.bench.figures import Comparison, Figure, Variant
 from ebpf_svc.bench.record import Record
 from ebpf_svc.bench.svg import nice_step
@@ -75,6 +75,22 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     found = {goal.sentence.split(":")[0] + goal.measured: goal.holds for goal in
              goals.of_comparison(_comparison(0.9, udp=7.0))}  # fmt: skip
     assert found == {"socket hooks0.90": False, "socket hooks1.00": True, "ebpf+0.0%": True}
+
+
+def test_goals_are_told_beside_a_tracked_direct_request_too(tmp_path: Path) -> None:
+    """On a node whose connections are tracked the same figure is another speed; what is judged is
+    the speed beside an untracked one.
+    """
+    comparison = _comparison(0.9)
+    comparison.variants.insert(1, Variant("conntrack", "tracked"))
+    for figure in comparison.figures[:2]:
+        figure.samples["conntrack"] = [each * 0.8 for each in figure.samples["direct"]]
+    connect, udp, *_ = goals.of_comparison(comparison)
+    assert (connect.measured, connect.holds, connect.tracked) == ("0.90", False, "1.12")
+    assert udp.tracked == ""
+    run = _written(comparison, tmp_path / "path.json")
+    heads = [each.head for each in report.blocks([("path", run)]) if isinstance(each, Table)]
+    assert heads[1][3:5] == ["to direct", "to direct, tracked"]
 
 
 def test_growth_with_services_is_a_goal_missed() -> None:
