@@ -203,6 +203,9 @@ def _completed(item: Mapping[str, Any]) -> Item:
     made = {name: value for name, value in item.items() if name not in ("kind", "apiVersion")}
     metadata = {"uid": f"{item['kind']}-{item['metadata']['name']}", **item["metadata"]}
     made["metadata"] = metadata
+    if item["kind"] == "EndpointSlice":
+        # Without a name kube-proxy leaves a port out, as rule E3 says.
+        made["ports"] = [{"name": "", "protocol": "TCP", **port} for port in item["ports"]]
     if item["kind"] == "Service":
         spec = dict(item["spec"])
         spec["ports"] = [{"protocol": "TCP", **port} for port in spec["ports"]]
