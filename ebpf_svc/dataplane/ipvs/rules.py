@@ -358,9 +358,16 @@ def is_ours(tables: Mapping[str, Table]) -> bool:
 
 
 def _is_iptables_mode(tables: Mapping[str, Table]) -> bool:
-    """Whether the iptables mode has its rules here: it alone has a chain of that name."""
+    """Whether the iptables mode has its rules here, not only chains it left behind.
+
+    It alone has KUBE-NODEPORTS; the chain both begin with asks no sets then.
+    """
     nat = tables.get(NAT)
-    return nat is not None and "KUBE-NODEPORTS" in nat.chains
+    return (
+        nat is not None
+        and "KUBE-NODEPORTS" in nat.chains
+        and not any(rule.chain == SERVICES and "--match-set" in rule.text for rule in nat.rules)
+    )
 
 
 def _shared(tables: Mapping[str, Table]) -> frozenset[tuple[str, str]]:

@@ -141,6 +141,7 @@ def test_chains_the_iptables_mode_has_too_stay_with_it() -> None:
     """It serves by now: only what it does not know by these names goes."""
     tables = saved(difference(OPTIONS, {}).text)
     tables[NAT].chains["KUBE-NODEPORTS"] = "-"
+    tables[NAT].rules[:] = [each for each in tables[NAT].rules if each.chain != "KUBE-SERVICES"]
     text = removal(tables, marker=False)
     assert ":KUBE-NODE-PORT " in text
     for chain in ("KUBE-SERVICES", "KUBE-POSTROUTING", "KUBE-FORWARD", "KUBE-PROXY-FIREWALL"):
@@ -148,6 +149,16 @@ def test_chains_the_iptables_mode_has_too_stay_with_it() -> None:
     assert removal(tables, marker=True) == ""
     del tables[NAT].chains["KUBE-NODE-PORT"]
     assert not rules.is_ours(tables)
+
+
+def test_chains_the_iptables_mode_left_keep_nothing() -> None:
+    """A kube-proxy in iptables mode was here before: KUBE-SERVICES is ours now, and goes."""
+    tables = saved(difference(OPTIONS, {}).text)
+    tables[NAT].chains["KUBE-NODEPORTS"] = "-"
+    assert rules.is_ours(tables)
+    text = removal(tables, marker=False)
+    assert "-X KUBE-SERVICES\n" in text
+    assert "KUBE-NODEPORTS" not in text
 
 
 def test_packets_of_the_node_are_checked_before_ipvs_takes_them() -> None:
