@@ -22,6 +22,10 @@ GAPS: dict[tuple[str, str], str] = {
     ("ipvs", "test_client_keeps_its_pod"): (
         "clients are remembered by each virtual server for itself, as kube-proxy's (V6)"
     ),
+    ("ipvs", "test_each_request_renews_affinity_and_silence_ends_it"): (
+        "a client is remembered until IPVS has forgotten its last connection, two minutes after "
+        "its end, as with kube-proxy (V6)"
+    ),
     ("ipvs", "test_open_connections_outlive_their_service"): (
         "a connection dies with its virtual server, as with kube-proxy (V12)"
     ),
