@@ -37,6 +37,7 @@ ALL_PROTOCOLS = pytest.mark.parametrize(
 )
 TCP_AND_UDP = pytest.mark.parametrize("proto", [Protocol.TCP, Protocol.UDP], ids=str)
 
+VERIFIES = pytest.mark.verifies
 POLICIES = ("cluster", "external local", "internal local")
 MATRIX = {
     # from, to: both Cluster, externalTrafficPolicy Local, internalTrafficPolicy Local (1.6)
@@ -108,6 +109,7 @@ def _treatment(to: str, policy: str) -> Treatment:
     return matrix._external_local if policy == "external local" else matrix._external
 
 
+@VERIFIES
 @TCP_AND_UDP
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_row_of_the_traffic_matrix_is_told_and_proved(
@@ -139,6 +141,7 @@ def test_row_of_the_traffic_matrix_is_told_and_proved(
         assert (proved.reply.source, proved.reply.destination) == (vip, client)
 
 
+@VERIFIES
 @ALL_PROTOCOLS
 @pytest.mark.parametrize("kind", list(PROGRAMS), ids=["pod", "external"])
 def test_verdicts_that_end_a_packet_are_told_and_proved(
@@ -189,6 +192,7 @@ def test_pod_that_calls_itself_is_proved(site: Site, masquerade: Sources) -> Non
     assert proved.differences == []
 
 
+@VERIFIES
 @TCP_AND_UDP
 @pytest.mark.parametrize("affinity_s", [0, 600], ids=["free", "sticky"])
 def test_maglev_choice_is_known_beforehand(site: Site, proto: Protocol, affinity_s: int) -> None:

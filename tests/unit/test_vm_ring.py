@@ -61,6 +61,18 @@ def test_every_mode_is_tried_on_the_ends() -> None:
     assert {"ebpf", "ipvs"} <= set(smoke["6.1"])
 
 
+def test_every_mode_is_tried_between_the_ends() -> None:
+    """The kernels of Debian's releases share the modes between them."""
+    smoke = {
+        job.kernel: job.command
+        for job in suite.jobs(["5.10", "6.1", "6.12", "7.2"], only=["smoke"])
+    }
+
+    modes = {variant.mode for variant in VARIANTS.values()}
+    chosen = {*smoke["6.1"], *smoke["6.12"]}
+    assert modes - chosen == set()
+
+
 def test_failed_command_and_dead_machine_fail_their_rows(machine, monkeypatch) -> None:
     """Neither hides the other rows."""
     monkeypatch.setattr(kernels, "obtain", lambda row: kernel(row.name))

@@ -31,8 +31,8 @@ PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
 EBPF_VARIANTS = ("ebpf", "ebpf-fast")
 """Every program is in one of them. The oldest kernel is asked the first alone: docs/kernels.md says
 what becomes of the fast path there."""
-BETWEEN = ("ebpf", "ipvs")
-"""Variants tried on kernels between the oldest and the newest."""
+BETWEEN = (("ebpf", "ipvs", "nftables"), ("ebpf-fast", "iptables", "userspace"))
+"""Variants tried on kernels between the oldest and the newest, by turns."""
 WHOLE_OF = {"6.1": "ipvs"}
 """Modes this machine's kernel may lack, and a kernel that has them."""
 
@@ -78,13 +78,15 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
             command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
             made.append(Job(name, f"behaviour-{mode}", command))
         if whole or name == names[0]:
-            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", "not compiles")))
+            marks = "not compiles" if whole else "not compiles and not verifies"
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", marks)))
         else:
             modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
             made.append(Job(name, "programs", (*PYTEST, *modules)))
         is_end = name in (names[0], names[-1])
         ebpf = EBPF_VARIANTS[:1] if name == names[0] and len(names) > 1 else EBPF_VARIANTS
-        variants = (*ebpf, *modes) if whole or is_end else BETWEEN
+        turn = BETWEEN[(names.index(name) - 1) % len(BETWEEN)]
+        variants = (*ebpf, *modes) if whole or is_end else turn
         chosen = [word for variant in variants for word in ("--dataplane", variant)]
         made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
     order = ("behaviour", "packet", "smoke", "programs")
@@ -129,15 +131,8 @@ def _run(job: Job, kernel: Kernel, say: Callable[[str], None]) -> Row:
     shutil.rmtree(job.out, ignore_errors=True)
     begun = time.monotonic()
     try:
-        # By a clock that counts instructions, a busy machine is no reason to fail.
-        outcome = guest.run(
-            kernel,
-            job.command,
-            job.out,
-            memory=MEMORY,
-            deadline_s=DEADLINE_S,
-            count_instructions=True,
-        )
+        # Not by a clock that counts instructions: that takes twice as long.
+        outcome = guest.run(kernel, job.command, job.out, memory=MEMORY, deadline_s=DEADLINE_S)
         status, failure = outcome.status, ""
     except GuestFailed as error:
         status, failure = 125, str(error)
