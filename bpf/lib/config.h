@@ -29,7 +29,7 @@
 #error "backend flags are missing: compile through ebpf_svc"
 #endif
 #if !defined(FLOW_HAIRPIN) || !defined(FLOW_MASQUERADE) || \
-	!defined(FLOW_FAST) || !defined(FLOW_SNAT) || \
+	!defined(FLOW_FAST) || !defined(FLOW_SNAT) || !defined(FLOW_PORT) || \
 	!defined(STATE_CLIENT_FIN) || !defined(STATE_BACKEND_FIN) || \
 	!defined(STATE_RESET) || !defined(STATE_ESTABLISHED) || \
 	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S)

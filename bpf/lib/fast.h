@@ -46,11 +46,11 @@ static __always_inline int fast_request(struct __sk_buff *skb, const struct pack
 	return fast_send(skb, pkt, &to, all_diffs(flow), flow->backend_link, service);
 }
 
-static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt,
+				      struct flow_key *key)
 {
-	struct l4_addr from = { .addr = pkt->src, .port = pkt->sport, .proto = pkt->proto };
+	struct reverse_key from = {};
 	struct rewrite to = {};
-	struct flow_key key = {};
 	struct flow_value *flow;
 	struct diffs diffs;
 	__u32 now;
@@ -60,7 +60,8 @@ static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt)
 	/* Who opens a connection answers nobody. */
 	if (is_opening(pkt))
 		return NEXT;
-	flow = fast_flow(&from, &pkt->dst, pkt->dport, &key);
+	answer_of(pkt, &from);
+	flow = fast_flow(&from, key);
 	if (!flow)
 		return NEXT;
 	now = now_s();
@@ -69,16 +70,16 @@ static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt)
 	touch(flow, now);
 	end = note_reply(flow, pkt);
 	if (end)
-		tell_ending(skb, flow, &key.client, key.client_port, end, now);
+		tell_ending(skb, flow, &key->client, key->client_port, end, now);
 	learn_backend_link(skb, flow);
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_remember(pkt);
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
-	to.dst = key.client;
-	to.dport = key.client_port;
+	to.dst = key->client;
+	to.dport = key->client_port;
 	verdict = fast_send(skb, pkt, &to, inverse(all_diffs(flow)), flow->client_link,
-			    key.service);
+			    key->service);
 	if (verdict != NEXT || !(flow->flags & FLOW_SNAT))
 		return verdict;
 	/* The stack takes it to the client's device, whose egress hook does the rest. */
@@ -92,11 +93,11 @@ static __always_inline int fast_reply(struct __sk_buff *skb, struct packet *pkt)
 /* Somebody's error about a request whose source was a port of the node's: to the
  * client it stands for.
  */
-static __always_inline int fast_error(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int fast_error(struct __sk_buff *skb, struct packet *pkt,
+				      struct flow_key *key)
 {
 	struct packet inner = {};
-	struct l4_addr backend = {};
-	struct flow_key key = {};
+	struct reverse_key from = {};
 	struct flow_value *flow;
 	struct rewrite quoted;
 	struct route route;
@@ -106,19 +107,17 @@ static __always_inline int fast_error(struct __sk_buff *skb, struct packet *pkt)
 	if (!is_icmp_error(pkt) || parse_quoted(skb, pkt, &inner) != NEXT ||
 	    !addr_equal(&pkt->dst, &inner.src))
 		return NOT_OURS;
-	backend.addr = inner.dst;
-	backend.port = inner.dport;
-	backend.proto = inner.proto;
-	flow = fast_flow(&backend, &inner.src, inner.sport, &key);
+	answer_to(&inner, &from);
+	flow = fast_flow(&from, key);
 	if (!flow || !(flow->flags & FLOW_SNAT))
 		return NOT_OURS;
-	quoted.src = key.client;
-	quoted.sport = key.client_port;
+	quoted.src = key->client;
+	quoted.sport = key->client_port;
 	quoted.dst = flow->frontend.addr;
 	quoted.dport = flow->frontend.port;
 	src = addr_equal(&pkt->src, &flow->backend.addr) ? flow->frontend.addr : pkt->src;
-	find_route(skb, skb->ifindex, &src, &key.client, &route);
+	find_route(skb, skb->ifindex, &src, &key->client, &route);
 	verdict = rewrite_error(skb, pkt, &inner, &quoted, inverse(all_diffs(flow)), &src,
-				&key.client);
+				&key->client);
 	return verdict == FORWARD && route.link ? take_route(skb, &route) : verdict;
 }

@@ -94,22 +94,82 @@ static __always_inline struct flow_value *flow_of_request(struct flow_key *key,
 	return NULL;
 }
 
-/* The flow that from -> client answers, or NULL when it is no reply of a
- * service. Service ports with the same endpoint share a chain of backends.
- */
-static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
-							 const struct addr *client,
-							 __be16 client_port, struct flow_key *key)
+/* Who a packet is from, if it is a backend's answer, and to. */
+static __always_inline void answer_of(const struct packet *pkt, struct reverse_key *from)
 {
-	__u32 *head = backend_index.lookup(from);
+	from->backend.addr = pkt->src;
+	from->backend.port = pkt->sport;
+	from->backend.proto = pkt->proto;
+	from->client = pkt->dst;
+	from->port = pkt->dport;
+}
+
+/* The same of what would answer a packet to a backend. */
+static __always_inline void answer_to(const struct packet *pkt, struct reverse_key *from)
+{
+	from->backend.addr = pkt->dst;
+	from->backend.port = pkt->dport;
+	from->backend.proto = pkt->proto;
+	from->client = pkt->src;
+	from->port = pkt->sport;
+}
+
+/* Does a port of a client's stand for others of its own, or of other clients? */
+static __always_inline bool is_nat_port(__be16 port)
+{
+	return (__u32)bpf_ntohs(port) - NAT_PORT_FIRST < NAT_PORT_COUNT;
+}
+
+/* The flow that a backend knows by these ends, and its key. An entry proves
+ * nothing: the flow may have gone to another backend or port since.
+ */
+static __always_inline struct flow_value *flow_at_reverse(struct reverse_key *at,
+							  struct flow_key **key)
+{
+	struct flow_key *known = reverse.lookup(at);
+	struct flow_value *flow = known ? flows.lookup(known) : NULL;
+	bool other_port;
+
+	if (!flow || !l4_addr_equal(&flow->backend, &at->backend))
+		return NULL;
+	*key = known;
+	other_port = flow->flags & (FLOW_SNAT | FLOW_PORT);
+	if ((other_port ? flow->nat_port : known->client_port) != at->port)
+		return NULL;
+	if (flow->flags & FLOW_SNAT)
+		return addr_equal(&flow->nat, &at->client) ? flow : NULL;
+	return addr_equal(&known->client, &at->client) ? flow : NULL;
+}
+
+/* The same for a packet from the backend to those ends. */
+static __always_inline struct flow_value *flow_of_reverse(struct reverse_key *from,
+							   struct flow_key *key)
+{
+	struct flow_value *flow;
+	struct flow_key *known;
+
+	flow = flow_at_reverse(from, &known);
+	if (flow)
+		*key = *known;
+	return flow;
+}
+
+/* The flow that a packet from a backend to a client answers, or NULL when it is
+ * no reply of a service. Service ports with the same endpoint share a chain of
+ * backends.
+ */
+static __always_inline struct flow_value *flow_of_reply(struct reverse_key *from,
+							 struct flow_key *key)
+{
+	__u32 *head = backend_index.lookup(&from->backend);
 	__u32 id;
 	int i;
 
 	if (!head)
 		return NULL;
-	key->client = *client;
-	key->client_port = client_port;
-	key->proto = from->proto;
+	key->client = from->client;
+	key->client_port = from->port;
+	key->proto = from->backend.proto;
 	id = *head;
 	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
 		struct backend_value *backend = backends.lookup(&id);
@@ -120,15 +180,17 @@ static __always_inline struct flow_value *flow_of_reply(struct l4_addr *from,
 		key->service = backend->service;
 		key->second = 0;
 		flow = flows.lookup(key);
-		if (flow && flow->backend_id == id)
+		if (flow && flow->backend_id == id && !(flow->flags & FLOW_PORT))
 			return flow;
 		key->second = 1;
 		flow = flows.lookup(key);
-		if (flow && flow->backend_id == id)
+		if (flow && flow->backend_id == id && !(flow->flags & FLOW_PORT))
 			return flow;
 		id = backend->next;
 	}
-	return NULL;
+	if (id == NO_BACKEND && !is_nat_port(from->port))
+		return NULL;
+	return flow_of_reverse(from, key);
 }
 
 /* End the flow under key if it is with that backend; false when it must live. */
@@ -136,7 +198,8 @@ static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u
 {
 	struct flow_value *flow = flows.lookup(key);
 
-	if (!flow || flow->backend_id != backend_id)
+	/* A flow with another port there leaves the client's own free. */
+	if (!flow || flow->backend_id != backend_id || (flow->flags & FLOW_PORT))
 		return true;
 	if (key->proto != IPPROTO_UDP && !flow_ended(flow, key->proto, now))
 		return false;
@@ -149,21 +212,20 @@ static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u
  * here: their translation would catch the answers. Returns false when one of
  * them is a connection that still lives. Flows of service `but` are left: whoever
  * opens one has just looked for them, and each search is a cache miss.
+ * crowded: the endpoint has more service ports than a walk goes through. key is
+ * the client's, and left with another service.
  */
-static __always_inline bool free_client_port(const struct l4_addr *endpoint, __u32 but,
-					     const struct packet *pkt, __u32 now)
+static __always_inline bool free_client_port(struct reverse_key *ends, struct flow_key *key,
+					     __u32 but, __u32 now, bool *crowded)
 {
-	struct l4_addr at = *endpoint;
-	__u32 *head = backend_index.lookup(&at);
-	struct flow_key key = {
-		.client = pkt->src,
-		.client_port = pkt->sport,
-		.proto = pkt->proto,
-	};
+	__u32 *head = backend_index.lookup(&ends->backend);
+	struct flow_key *known;
+	struct flow_value *flow;
 	bool is_free = true;
 	__u32 id;
 	int i;
 
+	*crowded = false;
 	if (!head)
 		return true;
 	id = *head;
@@ -172,16 +234,57 @@ static __always_inline bool free_client_port(const struct l4_addr *endpoint, __u
 
 		if (!backend)
 			break;
-		key.service = backend->service;
-		if (key.service != but) {
-			key.second = 0;
-			is_free &= end_flow(&key, id, now);
-			key.second = 1;
-			is_free &= end_flow(&key, id, now);
+		key->service = backend->service;
+		if (key->service != but) {
+			key->second = 0;
+			is_free &= end_flow(key, id, now);
+			key->second = 1;
+			is_free &= end_flow(key, id, now);
 		}
 		id = backend->next;
 	}
+	if (id == NO_BACKEND)
+		return is_free;
+	*crowded = true;
+	flow = flow_at_reverse(ends, &known);
+	if (flow && known->service != but) {
+		key->service = known->service;
+		key->second = known->second;
+		is_free &= end_flow(key, flow->backend_id, now);
+	}
 	return is_free;
+}
+
+/* Of a client's ports above those most systems give to sockets, some stand for
+ * ports it already uses towards the endpoint, and of a node's, some for clients
+ * of the fast path. Few tries: who runs out is rare, and told so.
+ */
+#define NAT_TRIES 8
+
+/* Have the backend see the client as `client` and one of those ports. */
+static __always_inline bool take_nat_port(struct flow_value *flow, const struct flow_key *key,
+					  const struct addr *client, struct reverse_key *ends,
+					  __u32 now)
+{
+	__u32 first = bpf_get_prandom_u32();
+	int i;
+
+	ends->client = *client;
+	for (i = 0; i < NAT_TRIES; i++) {
+		struct flow_value *held;
+		struct flow_key *holder;
+
+		ends->port = bpf_htons(NAT_PORT_FIRST + (first + i) % NAT_PORT_COUNT);
+		held = flow_at_reverse(ends, &holder);
+		if (held && !flow_ended(held, ends->backend.proto, now))
+			continue;
+		if (reverse.update(ends, (struct flow_key *)key))
+			return false;
+		flow->nat = *client;
+		flow->nat_port = ends->port;
+		return true;
+	}
+	return false;
 }
 
 /* The backend's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */

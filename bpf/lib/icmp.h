@@ -125,6 +125,8 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	quoted.dport = inner.dport;
 	if (flow->flags & FLOW_MASQUERADE)
 		skb->mark |= MASQUERADE_MARK;
+	if (flow->flags & FLOW_PORT)
+		quoted.dport = flow->nat_port;
 	if (FAST_PATH && (flow->flags & FLOW_SNAT)) {
 		quoted.dst = flow->nat;
 		quoted.dport = flow->nat_port;
@@ -142,7 +144,7 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 static __always_inline int error_to_client(struct __sk_buff *skb, struct packet *pkt)
 {
 	struct packet inner = {};
-	struct l4_addr backend = {};
+	struct reverse_key from = {};
 	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite quoted;
@@ -152,14 +154,12 @@ static __always_inline int error_to_client(struct __sk_buff *skb, struct packet 
 		return NOT_OURS;
 	if (!addr_equal(&pkt->dst, &inner.src))
 		return NOT_OURS;
-	backend.addr = inner.dst;
-	backend.port = inner.dport;
-	backend.proto = inner.proto;
-	flow = flow_of_reply(&backend, &inner.src, inner.sport, &key);
+	answer_to(&inner, &from);
+	flow = flow_of_reply(&from, &key);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	quoted.src = inner.src;
-	quoted.sport = inner.sport;
+	quoted.sport = key.client_port;
 	quoted.dst = flow->frontend.addr;
 	quoted.dport = flow->frontend.port;
 	src = addr_equal(&pkt->src, &flow->backend.addr) ? flow->frontend.addr : pkt->src;

@@ -15,9 +15,10 @@ BPF_F_TABLE("lpm_trie", struct range_key, __u32, source_ranges, 1, BPF_F_NO_PREA
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 1);
 BPF_SK_STORAGE(sockets, struct socket_value);
 BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
-BPF_TABLE("lru_hash", struct nat_key, struct flow_key, nat_ports, 1);
+BPF_TABLE("lru_hash", struct reverse_key, struct flow_key, reverse, 1);
 BPF_TABLE("hash", __u32, struct link_value, links, 1);
 BPF_PROG_ARRAY(xdp_next, 1);
+BPF_TABLE("percpu_array", __u32, struct opening, openings, 1);
 BPF_TABLE("percpu_array", __u32, struct service_counters, service_counters, 1);
 BPF_TABLE("array", __u32, struct settings_value, settings, 1);
 BPF_TABLE("percpu_array", __u32, __u64, drops, DROP_REASONS);

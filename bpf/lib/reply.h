@@ -11,7 +11,7 @@
 static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 {
 	struct packet pkt = {};
-	struct l4_addr from = {};
+	struct reverse_key from = {};
 	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite to;
@@ -30,10 +30,8 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 		return NOT_OURS;
 	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
 		return NOT_OURS;
-	from.addr = pkt.src;
-	from.port = pkt.sport;
-	from.proto = pkt.proto;
-	flow = flow_of_reply(&from, &pkt.dst, pkt.dport, &key);
+	answer_of(&pkt, &from);
+	flow = flow_of_reply(&from, &key);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	now = now_s();
@@ -44,13 +42,13 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	touch(flow, now);
 	end = note_reply(flow, &pkt);
 	if (end)
-		tell_ending(skb, flow, &pkt.dst, pkt.dport, end, now);
+		tell_ending(skb, flow, &pkt.dst, key.client_port, end, now);
 	if (pkt.fragment == FRAGMENT_FIRST)
 		fragment_remember(&pkt);
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
 	to.dst = pkt.dst;
-	to.dport = pkt.dport;
+	to.dport = key.client_port;
 	if (rewrite(skb, &pkt, &to, inverse(destination_diffs(flow)), false) != NEXT)
 		return TC_ACT_SHOT;
 	count_packet(key.service, skb->len);

@@ -56,17 +56,36 @@ static __always_inline bool answers_socket(struct __sk_buff *skb, const struct p
 	return connected;
 }
 
+/* The flow has a port that stands for the client's: of the client itself, or of
+ * the node, whose ports above those it gives to its own sockets stand for clients
+ * whose packets must come back this way (P6, P8).
+ */
+static __always_inline void use_nat_port(struct flow_value *flow, const struct packet *pkt)
+{
+	if (!(flow->flags & FLOW_PORT)) {
+		flow->flags = FLOW_SNAT | FLOW_FAST;
+		flow->addr_diff = csum_add(flow->addr_diff, addr_diff(&pkt->src, &flow->nat));
+	}
+	flow->port_diff = csum_add(flow->port_diff, port_diff(pkt->sport, flow->nat_port));
+}
+
 /* Decide where a new flow goes and remember it. Returns NEXT with *flow filled
  * and stored, or the verdict, with pkt->why set when the packet goes no further.
  */
 static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 				     const struct l4_addr *to, const struct frontend_value *frontend,
-				     struct flow_key *key, struct flow_value *flow,
+				     struct flow_key *key, struct opening *fresh,
 				     const struct flow_value *other, __u32 source, bool pod_device,
 				     __u32 now)
 {
 	struct backend_value *backend;
-	struct flow_key other_key;
+	struct flow_value *flow = &fresh->flow;
+	struct reverse_key *ends = &fresh->ends;
+	volatile __u32 *scratch = (volatile __u32 *)&skb->cb[0];
+	const struct addr *as = NULL;
+	__u32 known;
+	bool clash, crowded;
+	__u8 second;
 	struct list list;
 	__u32 id;
 
@@ -85,11 +104,10 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	}
 	list = list_for(frontend, source);
 	id = choose(frontend, &list, pkt, now);
-	/* Two connections of one port need two backends; with affinity a datagram
-	 * rather takes the port over, for its client shall keep the backend.
+	/* Two connections of one port had better go to two backends, unless affinity
+	 * wants them at one.
 	 */
-	if (other && other->backend_id == id && id != NO_BACKEND &&
-	    !(frontend->affinity_s && pkt->proto == IPPROTO_UDP) &&
+	if (other && other->backend_id == id && id != NO_BACKEND && !frontend->affinity_s &&
 	    !flow_ended(other, pkt->proto, now)) {
 		__u32 beside = choose_beside(&list, id);
 
@@ -99,11 +117,9 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend)
 		return turn_away(pkt, DROP_NO_LOCAL_ENDPOINT);
-	other_key = *key;
-	other_key.second = !key->second;
-	if ((other && !end_flow(&other_key, id, now)) ||
-	    !free_client_port(&backend->at, key->service, pkt, now))
-		return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
+	key->second = !key->second;
+	clash = other && !end_flow(key, id, now);
+	key->second = !key->second;
 
 	__builtin_memset(flow, 0, sizeof(*flow));
 	flow->frontend = *to;
@@ -111,7 +127,21 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	flow->backend_id = id;
 	flow->seen_s = now;
 	flow->addr_diff = addr_diff(&to->addr, &backend->at.addr);
-	flow->port_diff = to->port == backend->at.port ? 0 : port_diff(to->port, backend->at.port);
+	if (to->port != backend->at.port)
+		flow->port_diff = port_diff(to->port, backend->at.port);
+	ends->backend = backend->at;
+	ends->client = pkt->src;
+	ends->port = pkt->sport;
+	ends->pad = 0;
+	second = key->second;
+	clash |= !free_client_port(ends, key, frontend->service, now, &crowded);
+	/* One walk of the verifier for all that was found, as in forget_layout(). */
+	*scratch = clash | crowded << 1 | second << 2;
+	known = *scratch;
+	clash = known & 1;
+	crowded = known & 2;
+	key->service = frontend->service;
+	key->second = known >> 2 & 1;
 	if (addr_equal(&backend->at.addr, &pkt->src)) {
 		/* A backend that calls itself (P9). On its own device it is
 		 * turned round at once; from elsewhere the packet is masqueraded.
@@ -126,9 +156,28 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	} else if (frontend->flags >> MASQUERADE_SHIFT & source) {
 		flow->flags = FLOW_MASQUERADE;
 	}
-#if FAST_PATH
-	open_fast(skb, pkt, flow, key, now);
-#endif
+	if (clash) {
+		/* The endpoint could not tell the two apart: it sees another port. */
+		if (pkt->proto == IPPROTO_SCTP)
+			return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
+		flow->flags |= FLOW_PORT;
+		as = &pkt->src;
+	} else if (FAST_PATH) {
+		as = open_fast(skb, pkt, flow);
+	}
+	if (as && take_nat_port(flow, key, as, ends, now)) {
+		use_nat_port(flow, pkt);
+		crowded = false;
+	} else if (clash) {
+		return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
+	} else if (as) {
+		/* A node that has run out of ports lets netfilter masquerade. */
+		flow->flags = FLOW_MASQUERADE;
+		ends->client = pkt->src;
+		ends->port = pkt->sport;
+	}
+	if (crowded && reverse.update(ends, key))
+		return turn_away(pkt, DROP_FLOW_TABLE);
 	if (flows.update(key, flow))
 		return turn_away(pkt, DROP_FLOW_TABLE);
 	count_connection(key->service);
@@ -153,7 +202,7 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 	struct rewrite to = {
 		.src = hairpin ? hairpin_address : pkt->src,
 		.dst = flow->backend.addr,
-		.sport = pkt->sport,
+		.sport = flow->flags & FLOW_PORT ? flow->nat_port : pkt->sport,
 		.dport = flow->backend.port,
 	};
 	struct diffs diffs = destination_diffs(flow);
@@ -172,24 +221,28 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 /* The backend's answer to itself: back to the client it is, from the frontend. */
 static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *pkt)
 {
-	struct l4_addr from = { .addr = pkt->src, .port = pkt->sport, .proto = pkt->proto };
+	struct rewrite to = { .dst = pkt->src };
+	struct reverse_key from = {};
 	struct flow_key key = {};
-	struct flow_value *flow = flow_of_reply(&from, &pkt->src, pkt->dport, &key);
-	struct rewrite to = { .dst = pkt->src, .sport = pkt->sport, .dport = pkt->dport };
+	struct flow_value *flow;
 	__u32 now = now_s();
 	int verdict;
 	__u8 end;
 
+	answer_of(pkt, &from);
+	from.client = pkt->src;
+	flow = flow_of_reply(&from, &key);
 	if (!flow || !(flow->flags & FLOW_HAIRPIN)) {
 		tell_dropped(skb, pkt, DROP_DISCARDED, now);
 		return drop(DROP_DISCARDED);
 	}
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
+	to.dport = key.client_port;
 	touch(flow, now);
 	end = note_reply(flow, pkt);
 	if (end)
-		tell_ending(skb, flow, &pkt->src, pkt->dport, end, now);
+		tell_ending(skb, flow, &pkt->src, key.client_port, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_remember(pkt);
 	verdict = rewrite(skb, pkt, &to, inverse(all_diffs(flow)), false);
@@ -197,6 +250,19 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 		return verdict;
 	count_packet(key.service, skb->len);
 	return send_back(skb, pkt->l3);
+}
+
+/* A client calls an endpoint itself. */
+static __always_inline void free_direct(const struct packet *pkt, struct flow_key *key)
+{
+	struct reverse_key ends = {};
+	bool crowded;
+
+	answer_to(pkt, &ends);
+	key->client = pkt->src;
+	key->client_port = pkt->sport;
+	key->proto = pkt->proto;
+	free_client_port(&ends, key, 0, now_s(), &crowded);
 }
 
 /* The whole of an ingress hook. pod_device: this is the host side of a pod's
@@ -208,10 +274,10 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	struct packet pkt = {};
 	struct l4_addr to = {};
 	struct flow_key key = {};
-	struct flow_value fresh;
 	struct frontend_value *frontend;
 	struct flow_value *flow, *other;
-	__u32 source, now;
+	__u32 source, now, zero = 0;
+	struct opening *fresh;
 	int verdict;
 	__u8 end;
 
@@ -220,7 +286,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (pkt.proto == PROTO_ICMP) {
 		verdict = error_to_backend(skb, &pkt);
 		if (fast && verdict == NOT_OURS)
-			verdict = fast_error(skb, &pkt);
+			verdict = fast_error(skb, &pkt, &key);
 		return verdict;
 	}
 	if (!is_transport(&pkt))
@@ -234,29 +300,38 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
-		if (fast && (verdict = fast_reply(skb, &pkt)) != NEXT)
+		if (fast && (verdict = fast_reply(skb, &pkt, &key)) != NEXT)
 			return verdict;
 		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
-			free_client_port(&to, 0, &pkt, now_s());
+			free_direct(&pkt, &key);
 		return NOT_OURS;
 	}
 	key.client = pkt.src;
-	key.service = frontend->service;
 	key.client_port = pkt.sport;
 	key.proto = pkt.proto;
+	key.service = frontend->service;
 	flow = flow_of_request(&key, &to, is_opening(&pkt), &other);
 	now = now_s();
 	if (!flow || !flow_holds(flow, key.service, &pkt, now)) {
 		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
-		verdict = open_flow(skb, &pkt, &to, frontend, &key, &fresh, other, source,
+		if (flow) {
+			/* Only who finds no flow of the frontend's looks for another. */
+			key.second = !key.second;
+			other = flows.lookup(&key);
+			key.second = !key.second;
+		}
+		fresh = openings.lookup(&zero);
+		if (!fresh)
+			return drop(DROP_FLOW_TABLE);
+		flow = &fresh->flow;
+		verdict = open_flow(skb, &pkt, &to, frontend, &key, fresh, other, source,
 				    pod_device, now);
 		if (verdict != NEXT) {
 			if (pkt.why)
 				tell_dropped(skb, &pkt, pkt.why - 1, now);
 			return verdict;
 		}
-		tell_opened(skb, &pkt, &fresh, now);
-		flow = &fresh;
+		tell_opened(skb, &pkt, flow, now);
 	} else {
 		touch(flow, now);
 		end = note_request(flow, &pkt);

@@ -87,66 +87,41 @@ static __always_inline bool is_peer(__u32 index)
 	return link && link->kind == LINK_PEER;
 }
 
-/* Of a node's ports above those it gives to its own sockets, some stand for
- * clients whose packets must come back this way (P6, P8). A port is free for a
- * backend once the flow that had it has ended. Few tries: a node that has nearly
- * run out lets netfilter masquerade.
- */
-#define NAT_TRIES 8
-
-static __always_inline bool take_nat_port(struct flow_value *flow, const struct flow_key *client,
-					  const struct addr *address, __u32 now)
+/* The device such a packet leaves by and its index; NULL: not by the fast path. */
+static __always_inline struct link_value *link_towards(void *ctx, __u32 ifindex,
+						       const struct addr *src,
+						       const struct addr *dst, __u32 *index)
 {
-	struct nat_key key = { .backend = flow->backend };
-	__u32 at = bpf_get_prandom_u32();
-	int i;
-
-	for (i = 0; i < NAT_TRIES; i++) {
-		struct flow_key *holder;
-		struct flow_value *held;
-
-		key.port = bpf_htons(NAT_PORT_FIRST + (at + i) % NAT_PORT_COUNT);
-		holder = nat_ports.lookup(&key);
-		held = holder ? flows.lookup(holder) : NULL;
-		if (held && (held->flags & FLOW_SNAT) && held->nat_port == key.port &&
-		    held->backend_id == flow->backend_id && !flow_ended(held, key.backend.proto, now))
-			continue;
-		if (nat_ports.update(&key, (struct flow_key *)client))
-			return false;
-		flow->nat = *address;
-		flow->nat_port = key.port;
-		return true;
-	}
-	return false;
-}
-
-/* A flow that opens: give it the fast path if both its directions can take it. */
-static __always_inline void open_fast(struct __sk_buff *skb, const struct packet *pkt,
-				      struct flow_value *flow, const struct flow_key *key,
-				      __u32 now)
-{
-	__u32 index = skb->ifindex;
-	struct link_value *from = links.lookup(&index);
 	struct route route;
 
-	if (!from || pkt->l3 != ETH_HLEN || (flow->flags & FLOW_HAIRPIN))
-		return;
-	find_route(skb, index, &pkt->src, &flow->backend.addr, &route);
-	if (!route.link)
-		return;
-	if (flow->flags & FLOW_MASQUERADE) {
-		if (pkt->proto == IPPROTO_SCTP || addr_is_zero(&route.link->addr) ||
-		    !take_nat_port(flow, key, &route.link->addr, now))
-			return;
-		flow->flags = FLOW_SNAT;
-		flow->addr_diff = csum_add(flow->addr_diff, addr_diff(&pkt->src, &flow->nat));
-		flow->port_diff = csum_add(flow->port_diff, port_diff(pkt->sport, flow->nat_port));
-	}
+	find_route(ctx, ifindex, src, dst, &route);
+	*index = route.fib.ifindex;
+	return route.link;
+}
+
+/* A flow that opens: give it the fast path if both its directions can take it.
+ * The node's address where one of its ports must stand for the client's, else
+ * NULL.
+ */
+static __always_inline const struct addr *open_fast(struct __sk_buff *skb,
+						    const struct packet *pkt,
+						    struct flow_value *flow)
+{
+	__u32 index = skb->ifindex, out;
+	struct link_value *from = links.lookup(&index), *to;
+
+	if (!from || pkt->l3 != ETH_HLEN || (flow->flags & (FLOW_HAIRPIN | FLOW_PORT)))
+		return NULL;
+	to = link_towards(skb, index, &pkt->src, &flow->backend.addr, &out);
+	if (!to || ((flow->flags & FLOW_MASQUERADE) &&
+		    (pkt->proto == IPPROTO_SCTP || addr_is_zero(&to->addr))))
+		return NULL;
 	flow->flags |= FLOW_FAST;
 	if (from->kind == LINK_PEER)
 		flow->client_link = index;
-	if (route.link->kind == LINK_PEER)
-		flow->backend_link = route.fib.ifindex;
+	if (to->kind == LINK_PEER)
+		flow->backend_link = out;
+	return flow->flags & FLOW_MASQUERADE ? &to->addr : NULL;
 }
 
 /* The backend answers through the device at hand. If that is where the node
@@ -178,24 +153,16 @@ static __always_inline bool has_hops(const struct packet *pkt)
 }
 
 /* The flow that a packet at an ingress hook answers, if that takes the fast path. */
-static __always_inline struct flow_value *fast_flow(const struct l4_addr *from,
-						    const struct addr *to, __be16 port,
+static __always_inline struct flow_value *fast_flow(struct reverse_key *from,
 						    struct flow_key *key)
 {
 	struct flow_value *flow;
 
-	if (bpf_ntohs(port) - NAT_PORT_FIRST < NAT_PORT_COUNT) {
-		struct nat_key nat = { .backend = *from, .port = port };
-		struct flow_key *client = nat_ports.lookup(&nat);
-
-		if (client) {
-			*key = *client;
-			flow = flows.lookup(key);
-			if (flow && (flow->flags & FLOW_SNAT) && flow->nat_port == port &&
-			    addr_equal(&flow->nat, to) && l4_addr_equal(&flow->backend, from))
-				return flow;
-		}
+	if (is_nat_port(from->port)) {
+		flow = flow_of_reverse(from, key);
+		if (flow && (flow->flags & FLOW_SNAT))
+			return flow;
 	}
-	flow = flow_of_reply((struct l4_addr *)from, to, port, key);
+	flow = flow_of_reply(from, key);
 	return flow && (flow->flags & (FLOW_FAST | FLOW_SNAT)) == FLOW_FAST ? flow : NULL;
 }

@@ -71,17 +71,27 @@ struct flow_value {
 	__u32 seen_s;		/* coarse monotonic clock */
 	__u8  state;		/* STATE_* */
 	__u8  flags;		/* FLOW_* */
-	__be16 nat_port;	/* the client's port and address as the backend */
-	struct addr nat;	/* sees them, of a FLOW_SNAT */
+	__be16 nat_port;	/* the client's port as the backend sees it, of a */
+	struct addr nat;	/* FLOW_SNAT or FLOW_PORT; its address, of a FLOW_SNAT */
 	__u32 client_link;	/* FLOW_FAST: devices whose other ends are the client */
 	__u32 backend_link;	/* and the backend; 0: unknown, or reached by a route */
 };
 
-/* Who has a port that stands for clients' (FLOW_SNAT). */
-struct nat_key {
+/* A flow as its backend knows it, for those that no walk from the backend finds:
+ * clients seen under another port (FLOW_SNAT, FLOW_PORT), and endpoints of more
+ * service ports than a walk goes through.
+ */
+struct reverse_key {
 	struct l4_addr backend;
+	struct addr client;
 	__be16 port;
 	__u16 pad;
+};
+
+/* A flow while it is being opened: the stack has no room for it. */
+struct opening {
+	struct flow_value flow;
+	struct reverse_key ends;
 };
 
 /* A device the fast path may send through. */

@@ -101,6 +101,7 @@ static __always_inline int xdp_send(struct xdp_md *ctx, const struct packet *pkt
 static __always_inline int xdp_forward(struct xdp_md *ctx)
 {
 	struct packet pkt = {};
+	struct reverse_key from = {};
 	struct l4_addr at = {};
 	struct flow_key key = {};
 	struct frontend_value *frontend;
@@ -133,9 +134,8 @@ static __always_inline int xdp_forward(struct xdp_md *ctx)
 		to.dport = flow->backend.port;
 		diffs = all_diffs(flow);
 	} else {
-		at.addr = pkt.src;
-		at.port = pkt.sport;
-		flow = fast_flow(&at, &pkt.dst, pkt.dport, &key);
+		answer_of(&pkt, &from);
+		flow = fast_flow(&from, &key);
 		if (!flow || flow->client_link || reply_is_stale(flow, &pkt, now))
 			return XDP_PASS;
 		/* The first answer makes a connection of an attempt. */

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from ebpf_svc.model.net import Family, Protocol
-from ebpf_svc.testbed.traffic import Target, ask, spread
+from ebpf_svc.testbed.traffic import Target, ask, connection, spread
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import PROTOCOLS
 from tests.lib.probing import (
@@ -181,6 +183,45 @@ def test_pods_may_be_behind_many_services_in_turn(world: World, publish: Publish
         rows = table(world, web, askers=[world.shell1, world.sandbox1])
         assert_held(rows)
         world.withdraw(web)
+
+
+def test_forty_services_share_one_pod_and_port(world: World, publish: Publish) -> None:
+    """However many services select a pod: each answers everyone from the address it was called by.
+
+    The first ones too, that were there before the endpoint was crowded.
+    """
+    webs = [publish([world.web3], shared_port=7002) for _ in range(40)]
+    for web in (webs[0], webs[20], webs[-1]):
+        rows = table(world, web, askers=world.askers, count=2)
+        assert_held(rows)
+
+
+@pytest.mark.parametrize("asker", ["sandbox1", "client"])
+def test_port_used_for_two_services_of_one_pod_has_two_connections(
+    world: World, publish: Publish, asker: str
+) -> None:
+    """Two connections of one source port that meet at a pod are told apart there, as by conntrack.
+
+    Both are open at once, and each goes on with the service it called.
+    """
+    webs = [publish([world.web3], shared_port=7003) for _ in range(2)]
+    host = next(one for one in world.askers if one.name == asker)
+    node1 = world.cluster.nodes[0]
+    for family in Family:
+        with ExitStack() as stack:
+            connections = [
+                stack.enter_context(
+                    connection(host, replace(target, source_port=5100 + int(family)))
+                )
+                for target in (
+                    webs[0].at_cluster_ip(family, Protocol.TCP),
+                    webs[1].at_cluster_ip(family, Protocol.TCP),
+                    webs[1].at_node(node1, family, Protocol.TCP),
+                )
+            ]
+            for _ in range(2):
+                for each in connections:
+                    assert each.ping().ok
 
 
 @pytest.mark.parametrize("asker", ["shell1", "sandbox1", "node1"])

@@ -207,8 +207,9 @@ def memory_tables(
             ("flows", flow_key, flow_value, 1024),
             ("affinity", word, word, 1),
             ("fragments", word, word, 1),
-            ("nat_ports", word, word, 1),
+            ("reverse", word, word, 1),
             ("links", word, word, 1),
+            ("openings", word, word, 1),
             ("sockets", word, word, 1),
             ("events", word, word, 1),
         ):

@@ -180,6 +180,12 @@ class Result:
         return Ether(self.data)
 
     @property
+    def src(self) -> Address:
+        """Where it came from, to those it went to."""
+        l4 = l4_of(self.packet)
+        return ip_of(self.packet).src, l4.sport if l4 is not None else 0
+
+    @property
     def dst(self) -> Address:
         """Where it went."""
         l4 = l4_of(self.packet)

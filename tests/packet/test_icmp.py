@@ -99,6 +99,24 @@ def test_error_about_an_answer_reaches_the_backend_as_about_its_own(
         world.run(program, error).expect(wanted, mark=MASQUERADED if masquerade else 0)
 
 
+def test_errors_about_a_connection_seen_under_another_port_find_it(world: World) -> None:
+    """A client's quote tells the port the client has, a backend's the one it was shown."""
+    client, backend = (world.net.outside, 40000), (world.net.a, 8080)
+    vip, node_port = (world.net.vip, 80), (world.net.node, 30080)
+    world.service(*vip, backends=[backend]).add_frontend(*node_port)
+    world.run("node_ingress", world.tcp(client, vip))
+    request = world.tcp(client, node_port)
+    seen = world.run("node_ingress", request).src
+    assert seen != client
+    router = world.net.router
+    error = world.icmp_error(router, client[0], _sent(request, src=seen, dst=backend))
+    world.run("egress", error).expect(world.icmp_error(router, client[0], request))
+    answer = world.tcp(node_port, client, "SA")
+    error = world.icmp_error(client[0], node_port[0], answer)
+    quoted = _sent(answer, src=backend, dst=seen)
+    world.run("node_ingress", error).expect(world.icmp_error(client[0], backend[0], quoted))
+
+
 def test_error_about_an_sctp_packet_is_translated(world: World) -> None:
     """SCTP has path MTU discovery, too."""
     client, vip, backend = (world.net.pod, 9), (world.net.vip, 9), (world.net.b, 9)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, UDP_IDLE_S, Drop, FlowState
+from ebpf_svc.dataplane.ebpf.constants import (
+    BACKEND_CHAIN_MAX,
+    NAT_PORTS,
+    UDP_IDLE_S,
+    Drop,
+    FlowState,
+)
 from ebpf_svc.model.net import Protocol, Sources
 from tests.lib.packet_world import World
 from tests.lib.packets import MASQUERADED, Verdict, with_ends
@@ -236,22 +242,79 @@ def test_two_flows_of_a_client_port_never_share_a_backend(world: World, proto: P
         world.reset()
 
 
-def test_two_flows_of_a_client_port_with_one_backend_clash(world: World) -> None:
-    """With a single backend the second is dropped and counted; the first stays whole."""
+@pytest.mark.parametrize("services", [1, 2])
+def test_second_connection_of_a_client_port_to_a_backend_gets_another_port(
+    world: World, services: int
+) -> None:
+    """Two frontends, of one service or of two, and a single backend: it sees two connections.
+
+    As conntrack has it: each answer, and each ICMP error, comes from the address that was called.
+    """
     client = (world.net.outside, 40000)
     vip, node_port, backend = (world.net.vip, 80), (world.net.node, 30080), (world.net.a, 8080)
     service = world.service(*vip, backends=[backend])
-    service.add_frontend(*node_port)
+    if services == 1:
+        service.add_frontend(*node_port)
+    else:
+        world.service(*node_port, backends=[backend])
     world.run("node_ingress", world.tcp(client, vip))
-    world.run("node_ingress", world.tcp(client, node_port)).expect_dropped()
-    assert world.drops() == {Drop.CLIENT_PORT_CLASH: 1}
-    answer = world.tcp(backend, client, "SA")
-    world.run("egress", answer).expect(with_ends(answer, src=vip))
+    ports = set()
+    for flags in ("S", "S", "A", "PA"):
+        request = world.tcp(client, node_port, flags)
+        ran = world.run("node_ingress", request)
+        ports.add(ran.src[1])
+        ran.expect(with_ends(request, src=(client[0], ran.src[1]), dst=backend))
+    (port,) = ports
+    assert port in NAT_PORTS
+    for seen, frontend in ((client[1], vip), (port, node_port)):
+        answer = world.tcp(backend, (client[0], seen), "SA")
+        world.run("egress", answer).expect(with_ends(answer, src=frontend, dst=client))
+        request = world.tcp(client, frontend, "A")
+        expected = with_ends(request, src=(client[0], seen), dst=backend)
+        world.run("node_ingress", request).expect(expected)
+    assert world.drops() == {}
+
+
+def test_connection_with_another_port_makes_room_when_it_ends(world: World) -> None:
+    """Ports that stand for others are given out again once nobody uses them."""
+    client = (world.net.outside, 40000)
+    vip, node_port, backend = (world.net.vip, 80), (world.net.node, 30080), (world.net.a, 8080)
+    world.service(*vip, backends=[backend]).add_frontend(*node_port)
+    world.run("node_ingress", world.tcp(client, vip))
+    for _ in range(3):
+        assert world.run("node_ingress", world.tcp(client, node_port)).src[1] in NAT_PORTS
+        world.run("node_ingress", world.tcp(client, node_port, "FA"))
     world.run("node_ingress", world.tcp(client, vip, "FA"))
     again = world.tcp(client, node_port)
     world.run("node_ingress", again).expect(with_ends(again, dst=backend))
     answer = world.tcp(backend, client, "SA")
     world.run("egress", answer).expect(with_ends(answer, src=node_port))
+
+
+def test_replies_of_an_endpoint_behind_forty_services_find_each(world: World) -> None:
+    """More than a reply looks through one by one: the others' flows are found another way."""
+    backend = (world.net.a, 8080)
+    vips = [(world.net.vip, port) for port in range(1, 41)]
+    for vip in vips:
+        world.service(*vip, backends=[backend])
+    for vip in vips:
+        world.run("pod_ingress", world.tcp((world.net.pod, 40000 + vip[1]), vip))
+    for vip in vips:
+        answer = world.tcp(backend, (world.net.pod, 40000 + vip[1]), "SA")
+        world.run("egress", answer).expect(with_ends(answer, src=vip))
+
+
+def test_client_port_is_told_apart_at_a_crowded_endpoint(world: World) -> None:
+    """One client port to all of forty services with one endpoint: forty connections there."""
+    client, backend = (world.net.pod, 40000), (world.net.a, 8080)
+    vips = [(world.net.vip, port) for port in range(1, 41)]
+    for vip in vips:
+        world.service(*vip, backends=[backend])
+    seen = {vip: world.run("pod_ingress", world.tcp(client, vip)).src for vip in vips}
+    assert len(set(seen.values())) == len(vips)
+    for vip, source in seen.items():
+        answer = world.tcp(backend, source, "SA")
+        world.run("egress", answer).expect(with_ends(answer, src=vip, dst=client))
 
 
 def test_answer_carries_no_masquerade_mark(world: World) -> None:

@@ -1,6 +1,9 @@
 """Chains of backends that answer from the same address and port, as programs walk them.
 
-The index names the first, each backend the next. Reads and writes the kernel's maps alone.
+The index names the first, each backend the next. A program walks BACKEND_CHAIN_MAX of them, and a
+flow opened while there were no more is found by no other way: so a backend among the first stays
+among them, and what a longer chain gets is put at its end. Reads and writes the kernel's maps
+alone.
 """
 
 from __future__ import annotations
@@ -8,20 +11,6 @@ from __future__ import annotations
 from ebpf_svc.dataplane.ebpf.codec import Codec, number
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
-from ebpf_svc.errors import DataplaneError
-
-
-class ChainFullError(DataplaneError):
-    """The egress program would not walk a longer chain to its end; `at` is what its backends share.
-
-    Not on the node's list of failures unless every link is in use: see `oldest_tombstone`.
-    """
-
-    def __init__(self, at: bytes, address: str, port: int) -> None:
-        super().__init__(
-            f"{BACKEND_CHAIN_MAX} service ports have endpoint {address} port {port} already"
-        )
-        self.at = at
 
 
 class Chains:
@@ -33,24 +22,28 @@ class Chains:
     def walk(self, at: bytes) -> list[int]:
         """The backends with this `at`, in the order programs walk them."""
         head = self._index.lookup(at)
-        chain: list[int] = []
+        chain: dict[int, None] = {}
         following = number(head) if head else NO_BACKEND
-        while following != NO_BACKEND and len(chain) <= BACKEND_CHAIN_MAX:
-            chain.append(following)
+        # What somebody else wrote may bite its tail.
+        while following != NO_BACKEND and following not in chain:
+            chain[following] = None
             following = self._words(following)[1]
-        return chain
+        return list(chain)
 
     def flags(self, backend: int) -> int:
         """What a backend is; 0 = a tombstone."""
         return self._words(backend)[2]
 
-    def oldest_tombstone(self, at: bytes) -> tuple[int, int] | None:
-        """The tombstone that has been in a chain longest, and its service: links go in in front."""
-        for backend in reversed(self.walk(at)):
-            service, _, flags = self._words(backend)
-            if not flags:
-                return backend, service
-        return None
+    def link(self, backend: int, at: bytes) -> None:
+        """Put a backend into the chain of its address."""
+        chain = self.walk(at)
+        if len(chain) < BACKEND_CHAIN_MAX:
+            following = chain[0] if chain else NO_BACKEND
+            self._backends.write_word(backend, self._codec.next_offset, following)
+            self._index.update([(at, self._codec.word(backend))])
+        else:
+            self._backends.write_word(backend, self._codec.next_offset, NO_BACKEND)
+            self._backends.write_word(chain[-1], self._codec.next_offset, backend)
 
     def unlink(self, backend: int, at: bytes) -> None:
         """Take a backend out of its chain; its `next` stays for programs that are there now."""

@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 
 from ebpf_svc.model.net import Family, Sources, family_of
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
 pin path.
 """
@@ -53,7 +53,10 @@ class FlowFlag(IntFlag):
     FAST = 4
     """Both directions go past the stack, see bpf/lib/route.h."""
     SNAT = 8
-    """The backend sees an address and port of the node, kept in `nat_ports`."""
+    """The backend sees an address and port of the node, kept in `reverse`."""
+    PORT = 16
+    """The backend sees another port of the client, kept in `reverse`: it has a connection from the
+    client's own port already."""
 
 
 class LinkKind(IntEnum):
@@ -101,15 +104,17 @@ class EventKind(IntEnum):
 FAST_PATH_KERNEL = (6, 1)
 """The first Linux the fast path is used on: 5.10 loads it and loses packets between pods."""
 NAT_PORTS = range(61_000, 65_536)
-"""Ports of the node that stand for clients of the fast path: above those Linux gives to sockets by
-default, and not among those netfilter masquerades to (host/nft.py).
+"""Ports of the node that stand for clients of the fast path, and of clients that stand for a port
+they already use: above those Linux gives to sockets by default, and not among those netfilter
+masquerades to (host/nft.py).
 """
 UDP_IDLE_S = 120
 """A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
 SYN_IDLE_S = 60
 """A half-open TCP flow unused this long picks anew."""
 BACKEND_CHAIN_MAX = 16
-"""Service ports that may share one endpoint address and port; the egress program walks that many.
+"""Service ports of one endpoint address and port that a reply looks through; flows of an endpoint
+that has more are found by `reverse`.
 """
 SOCKET_ENTRIES = 4
 """Service addresses one UDP socket may talk to at a time without losing the way back."""

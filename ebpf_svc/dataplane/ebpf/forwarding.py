@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from ebpf_svc.config import EbpfSettings
 from ebpf_svc.dataplane.base import ApplyReport
 from ebpf_svc.dataplane.ebpf import readback
-from ebpf_svc.dataplane.ebpf.chains import ChainFullError
 from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.entries import MaglevOptions
 from ebpf_svc.dataplane.ebpf.ids import GRACE_S, RangePool
 from ebpf_svc.dataplane.ebpf.maglev import TableCache
 from ebpf_svc.dataplane.ebpf.maglev_native import NativeFill
-from ebpf_svc.dataplane.ebpf.render import Change, Renderer
+from ebpf_svc.dataplane.ebpf.render import Renderer
 from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.dataplane.ebpf.verify import FamilyVerifier
@@ -141,7 +140,7 @@ class Forwarding:
             changes = []
             for plan in plans[start : start + _CHUNK]:
                 try:
-                    changes.append(_render(parts, plan))
+                    changes.append(parts.renderer.render(plan))
                 except DataplaneError as error:
                     failed.append(_apply_error(plan, error))
             parts.writer.put(changes)
@@ -186,19 +185,6 @@ class Forwarding:
         state = self._families[key.family].state
         if key in state.records:  # it may never have been written
             state.abandon(key)
-
-
-def _render(parts: _FamilyParts, plan: ServicePlan) -> Change:
-    """Render a plan, giving up the oldest tombstones where they fill an endpoint's chain."""
-    while True:
-        try:
-            return parts.renderer.render(plan)
-        except ChainFullError as error:
-            oldest = parts.state.chains.oldest_tombstone(error.at)
-            if oldest is None or parts.renderer.is_pending(error.at):
-                raise
-            backend, service = oldest
-            parts.state.exhume(service, [backend])
 
 
 def _apply_error(plan: ServicePlan, cause: Exception) -> tuple[PlanKey, ApplyError]:

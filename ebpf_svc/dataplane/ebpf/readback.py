@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ebpf_svc.dataplane.ebpf import entries
 from ebpf_svc.dataplane.ebpf.codec import Codec, number
-from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
+from ebpf_svc.dataplane.ebpf.constants import NO_BACKEND
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.model.desired import Backend, FrontendKey, FrontendView
 
@@ -40,7 +40,7 @@ def read_family(codec: Codec, tables: FamilyTables) -> dict[FrontendKey, Fronten
 def chain(codec: Codec, tables: FamilyTables, head: int) -> Iterator[tuple[int, int, int]]:
     """Walk the backends from a head of the index on: (id, service, flags) of each."""
     table, stride = tables.backends, tables.backends.stride
-    for _ in range(BACKEND_CHAIN_MAX):
+    for _ in range(table.max_entries):  # it may bite its tail
         if not NO_BACKEND < head < table.max_entries:
             return
         service, following, flags = codec.backend_words(table.view(head + 1), head * stride)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebpf_svc.dataplane.ebpf import entries
-from ebpf_svc.dataplane.ebpf.chains import ChainFullError
 from ebpf_svc.dataplane.ebpf.constants import BACKEND_CHAIN_MAX, NO_BACKEND
 from ebpf_svc.dataplane.ebpf.entries import ListName, MaglevOptions, SlotRange
 from ebpf_svc.dataplane.ebpf.state import FamilyState, HeldList, Record
@@ -40,6 +39,8 @@ class Change:
     """Tombstones that serve again; a client that was with them stays."""
     links: dict[bytes, int] = field(default_factory=dict)
     """Heads of chains."""
+    next_puts: list[tuple[int, int]] = field(default_factory=list)
+    """Last backends of long chains, and what follows them now."""
     slot_puts: list[tuple[int, bytes]] = field(default_factory=list)
     range_puts: list[tuple[int, list[bytes]]] = field(default_factory=list)
     """New sets of source ranges and their keys."""
@@ -73,24 +74,19 @@ class Renderer:
         self._slots, self._use_maglev, self._options = slots, use_maglev, options
         self._heads: dict[bytes, int] = {}
         """Backends rendered and not yet in the index."""
-        self._lengths: dict[bytes, int] = {}
-        """Of the chains they head; not there = 1."""
-
-    def is_pending(self, at: bytes) -> bool:
-        """Whether a backend with this `at` was rendered and is not written yet."""
-        return at in self._heads
+        self._chains_so_far: dict[bytes, list[int]] = {}
+        """Chains as they will be; not there = the one backend in `_heads`."""
 
     def written(self) -> None:
         """What was rendered so far is in the kernel."""
         self._heads.clear()
-        self._lengths.clear()
+        self._chains_so_far.clear()
 
     def render(self, plan: ServicePlan) -> Change:
         """Work out one plan.
 
         Raises:
-            DataplaneError: no id or no room is left, or an endpoint has too many service ports;
-                nothing is taken then.
+            DataplaneError: no id or no room is left; nothing is taken then.
         """
         state = self._state
         keys = [self._codec.key(frontend.key) for frontend in plan.frontends]
@@ -191,21 +187,24 @@ class Renderer:
     def _link(
         self, change: Change, missing: Sequence[int], ats: Sequence[bytes], flags: Sequence[int]
     ) -> None:
-        """Put backends at the heads of their chains."""
+        """Put backends at the heads of their chains, or at the ends of long ones."""
         service = change.record.service
         new_ats = [ats[i] for i in missing]
         new_ids = array("I", [change.record.backend_ids[i] for i in missing])
         tails = {each: self._codec.tail(service, NO_BACKEND, each) for each in set(flags)}
         values = [ats[i] + tails[flags[i]] for i in missing]
-        lengths: dict[bytes, int] = {}
-        for at, position in self._state.note_linked(new_ats):
-            head, length = self._head(at)
-            lengths[at] = length + 1
-            flag = flags[missing[position]]
-            values[position] = at + self._codec.tail(service, head, flag)
         change.links = dict(zip(new_ats, new_ids, strict=True))
+        for at, position in self._state.note_linked(new_ats):
+            chain, new = self._chain(at), new_ids[position]
+            if len(chain) < BACKEND_CHAIN_MAX:
+                head = chain[0] if chain else NO_BACKEND
+                values[position] = at + self._codec.tail(service, head, flags[missing[position]])
+                chain.insert(0, new)
+            else:
+                change.next_puts.append((chain[-1], new))
+                del change.links[at]
+                chain.append(new)
         self._heads |= change.links
-        self._lengths |= lengths
         first = new_ids[0]
         if new_ids == array("I", range(first, first + len(new_ids))):
             change.backend_puts.append((first, b"".join(values)))
@@ -219,19 +218,14 @@ class Renderer:
         ats = self._codec.ats(record.plan.backends, protocol)
         return dict(zip(ats, record.backend_ids, strict=True))
 
-    def _head(self, at: bytes) -> tuple[int, int]:
-        """The first backend with this `at` so far and the length of its chain.
-
-        Raises:
-            ChainFullError: the egress program would not walk a longer one to its end.
-        """
-        head, length = self._heads.get(at, NO_BACKEND), self._lengths.get(at, 1)
-        if head == NO_BACKEND:
-            chain = self._chains.walk(at)
-            head, length = (chain[0], len(chain)) if chain else (NO_BACKEND, 0)
-        if length >= BACKEND_CHAIN_MAX:
-            raise ChainFullError(at, *self._codec.endpoint(at))
-        return head, length
+    def _chain(self, at: bytes) -> list[int]:
+        """The backends with this `at` so far, to be added to."""
+        chain = self._chains_so_far.get(at)
+        if chain is None:
+            head = self._heads.get(at)
+            chain = self._chains.walk(at) if head is None else [head]
+            self._chains_so_far[at] = chain
+        return chain
 
     def _render_lists(self, change: Change, record: Record, taken: _Taken) -> None:
         plan, ids = change.plan, change.record.backend_ids

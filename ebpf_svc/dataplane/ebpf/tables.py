@@ -28,6 +28,9 @@ from ebpf_svc.model.net import Family
 SOURCE_RANGE_ENTRIES = 65_536
 FRAGMENT_ENTRIES = 8_192
 """Datagrams whose later fragments may still come, each family."""
+REVERSE_SHARE = 16
+"""Without the fast path: one flow in so many may be of a crowded endpoint, or of a port that
+clashes."""
 LINK_ENTRIES = 16_384
 """Devices of a node the fast path may use."""
 UDP_SOCKET_ENTRIES = 65_536
@@ -59,9 +62,10 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "fragments": FRAGMENT_ENTRIES,
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
-        "nat_ports": settings.flow_entries if settings.fast_path else 1,
+        "reverse": settings.flow_entries // (1 if settings.fast_path else REVERSE_SHARE),
         "links": LINK_ENTRIES if settings.fast_path else 1,
         "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
+        "openings": 1,
         "settings": 1,
         "xdp_next": 1,
         "drops": len(constants.Drop),
@@ -109,8 +113,9 @@ class FamilyTables:
     affinity: HashTable
     source_ranges: HashTable
     fragments: HashTable
-    nat_ports: HashTable
+    reverse: HashTable
     links: HashTable
+    openings: PerCpuArray
     service_counters: PerCpuArray
     sockets: Table
     """Socket storage: the kernel cannot list it."""

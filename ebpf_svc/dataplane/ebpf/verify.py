@@ -123,10 +123,7 @@ class FamilyVerifier:
         backend = unlinked.find(1)
         while backend >= 0:
             at = self._state.at_of(backend)
-            head_now = index.lookup(at)
-            following = number(head_now) if head_now else NO_BACKEND
-            table.write_word(backend, codec.next_offset, following)
-            index.update([(at, codec.word(backend))])
+            self._state.chains.link(backend, at)
             self._state.note_linked((at,))
             address, port = codec.endpoint(at)
             yield f"{address} port {port} linked again"

@@ -66,6 +66,10 @@ class Writer:
         heads = array("I", links.values()).tobytes()
         words = [heads[i : i + 4] for i in range(0, len(heads), 4)]
         self._tables.backend_index.update(list(zip(links, words, strict=True)))
+        table, offset = self._tables.backends, self._state.codec.next_offset
+        for change in changes:
+            for last, following in change.next_puts:
+                table.write_word(last, offset, following)
 
     def _put_slots(self, changes: Sequence[Change]) -> None:
         write_runs(self._slots, [put for change in changes for put in change.slot_puts])

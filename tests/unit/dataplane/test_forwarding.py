@@ -224,21 +224,29 @@ def test_services_with_the_same_endpoint_hang_in_one_chain() -> None:
     assert chain_of(tables, agent, "10.1.0.1") == [ids[2], ids[1], ids[0]]
 
 
-def test_one_service_port_too_many_for_an_endpoint_fails_alone() -> None:
-    """The egress program walks a bounded chain: beyond it replies would leak, so it is refused."""
+def test_service_ports_beyond_a_walk_are_put_at_the_end_of_the_chain() -> None:
+    """A program walks the first few: those that are among them stay, whatever comes and goes."""
     tables = memory_tables()
     agent = forwarding(tables)
     plans = [
         make_plan(f"web{i:02}", make_frontend(f"10.96.1.{i}"), backends=["10.1.0.1"])
-        for i in range(BACKEND_CHAIN_MAX + 1)
+        for i in range(3 * BACKEND_CHAIN_MAX)
     ]
-    report = agent.apply(make_desired(*plans))
-    assert [error.service for error in report.failed] == [str(plans[-1].key)]
-    assert agent.read() == make_desired(*plans[:-1]).view()
+    first: set[int] = set()
+    for count in (BACKEND_CHAIN_MAX - 1, BACKEND_CHAIN_MAX + 2, BACKEND_CHAIN_MAX + 3, len(plans)):
+        desired = make_desired(*plans[:count])
+        assert agent.apply(desired).failed == ()
+        assert agent.read() == desired.view()
+        chain = chain_of(tables, agent, "10.1.0.1")
+        assert len(chain) == count
+        assert first <= set(chain[:BACKEND_CHAIN_MAX])
+        first = set(chain[:BACKEND_CHAIN_MAX])
+    agent = forwarding(tables)
+    assert agent.apply(desired, resync=True).repaired == ()
 
 
-def test_services_that_were_behind_an_endpoint_make_room_for_those_that_are() -> None:
-    """However many come and go before a sweep: the oldest tombstone leaves a full chain."""
+def test_services_that_come_and_go_behind_an_endpoint_are_all_there() -> None:
+    """However many there were before a sweep, each is linked once."""
     tables = memory_tables()
     agent = forwarding(tables)
     for i in range(2 * BACKEND_CHAIN_MAX):
@@ -247,8 +255,8 @@ def test_services_that_were_behind_an_endpoint_make_room_for_those_that_are() ->
         assert agent.apply(desired).failed == ()
         assert agent.read() == desired.view()
         chain = chain_of(tables, agent, "10.1.0.1")
-        assert len(chain) <= BACKEND_CHAIN_MAX
-        assert chain[0] == ids_of(agent, plan)[1][0]
+        assert len(chain) == len(set(chain)) == i + 1
+        assert ids_of(agent, plan)[1][0] in chain
     agent = forwarding(tables)
     assert agent.apply(desired, resync=True).repaired == ()
 
