@@ -14,6 +14,7 @@ from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole
 from ebpf_svc.dataplane.ebpf.filters import NAME_PREFIX
 from ebpf_svc.dataplane.ebpf.live import Live, Remembered
+from ebpf_svc.dataplane.ebpf.options import hooks_see_pods
 from ebpf_svc.explain import nothing, proof
 from ebpf_svc.explain.client import Client
 from ebpf_svc.explain.endpoints import Row, rows_of
@@ -176,15 +177,15 @@ def is_at_socket(scene: Scene, client: Client, view: FrontendView | None) -> boo
     """Whether a socket hook translates: of pods what needs neither their address nor a masquerade,
     of the node everything.
     """
-    how = scene.settings.ebpf.socket_lb
-    if scene.mode != "ebpf" or view is None or how is SocketLB.OFF:
+    is_off = scene.settings.ebpf.socket_lb is SocketLB.OFF
+    if scene.mode != "ebpf" or view is None or is_off:
         return False
     if client.kind is Sources.NODE:
         return True
     frontend = view.frontend
     return (
         client.is_pod_here
-        and how is SocketLB.FULL
+        and hooks_see_pods(scene.settings.ebpf)
         and frontend.key.address not in LOOPBACK
         and not view.affinity_s
         and frontend.source_ranges is None

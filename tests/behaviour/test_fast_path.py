@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from ebpf_svc.config import SocketLB
 from ebpf_svc.dataplane.ebpf.constants import NAT_PORTS
 from ebpf_svc.host import conntrack_table
 from ebpf_svc.model.net import Family, Protocol
@@ -27,11 +26,11 @@ every_family = pytest.mark.parametrize("family", list(Family), ids=lambda family
 def fast(
     request: pytest.FixtureRequest, artifact_cache: Path, no_leftovers: None
 ) -> Iterator[World]:
-    """A cluster whose pods' packets meet tc, with the fast path on."""
+    """A cluster with the fast path on: pods' packets meet tc."""
     world = World(
         request.param,
         cache_dir=artifact_cache,
-        ebpf={"fast_path": True, "socket_lb": SocketLB.HOST_ONLY},
+        ebpf={"fast_path": True},
     )
     yield world
     world.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ebpf_svc.config import SocketLB
+from ebpf_svc.dataplane.ebpf.options import hooks_see_pods
 from ebpf_svc.errors import CommandError
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.agent import Agent
@@ -131,9 +131,9 @@ def test_processes_are_told_where_they_connect(
         _ask(world.shell1, target)
         _ask(node1, target)
     opened = [each for each in told if each["event"] == "opened"]
-    hooks_see_pods = agent.settings.ebpf.socket_lb is SocketLB.FULL
+    at_socket = hooks_see_pods(agent.settings.ebpf)
     assert [(each["at"], each["client"].partition(":")[0]) for each in opened] == [
-        ("socket" if hooks_see_pods else "packet", world.shell1.address(Family.V4)),
+        ("socket" if at_socket else "packet", world.shell1.address(Family.V4)),
         ("socket", "node"),
     ]
     with _monitored(agent, "--client", world.shell1.address(Family.V4)) as told:

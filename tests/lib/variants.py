@@ -28,10 +28,7 @@ VARIANTS = {
         # Pods' packets all meet tc, as those of sandboxes do in every variant.
         Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, is_asked_for=True),
         # And go past the stack, or stay in the NIC's driver, where they can.
-        Variant(
-            *("ebpf-fast", "ebpf"),
-            {"socket_lb": SocketLB.HOST_ONLY, "fast_path": True, "xdp": True},
-        ),
+        Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
         Variant("nftables", "nftables"),
         Variant("ipvs", "ipvs"),
         Variant("iptables", "iptables"),

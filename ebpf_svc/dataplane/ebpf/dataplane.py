@@ -8,8 +8,6 @@ sweeper and whoever reads take turns.
 from __future__ import annotations
 
 import hashlib
-import platform
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +16,16 @@ from dataclasses import dataclass, replace
 
 from ebpf_svc.config import EbpfSettings, Settings, SocketLB
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
-from ebpf_svc.dataplane.ebpf import compiler, constants, hooks, inventory, readback, tables, xdp
+from ebpf_svc.dataplane.ebpf import (
+    compiler,
+    constants,
+    hooks,
+    inventory,
+    options,
+    readback,
+    tables,
+    xdp,
+)
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.attach import Attachments, detach_all, is_anything_attached
 from ebpf_svc.dataplane.ebpf.codec import Codec
@@ -359,20 +366,19 @@ class EbpfDataplane:
 
     def _defines(self) -> dict[Family, dict[str, str]]:
         """What is compiled in for this node."""
-        major, minor, *_ = (int(part) for part in re.findall(r"\d+", platform.release()))
-        fast_path = self._settings.ebpf.fast_path
-        if fast_path and (major, minor) < constants.FAST_PATH_KERNEL:
-            fast_path = False
+        settings = self._settings.ebpf
+        fast_path = options.uses_fast_path(settings)
+        if settings.fast_path and not fast_path:
             log.warning("fast-path.ignored", reason=f"it needs Linux {_FAST_PATH_SINCE}")
         return {
             family: constants.node_defines(
                 family,
                 cluster_cidrs=self._settings.cluster_cidrs,
-                translate_pods=self._settings.ebpf.socket_lb is SocketLB.FULL,
-                kernel=(major, minor),
+                translate_pods=options.hooks_see_pods(settings),
+                kernel=options.kernel(),
                 masquerade_mark=self._mark,
                 fast_path=fast_path,
-                xdp=self._settings.ebpf.xdp,
+                xdp=settings.xdp,
             )
             for family in self._settings.families
         }
