@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,16 @@ from ebpf_svc.model.service import ServicePortName
 from ebpf_svc.modes import make_dataplane
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
-from ebpf_svc.testbed.host import Host, Node, Pod
+from ebpf_svc.testbed.host import Node
 from ebpf_svc.testbed.namespace import python_argv
 from ebpf_svc.testbed.traces import traces
-from ebpf_svc.testbed.traffic import Connection, Outcome, ask, connection, serve
+from ebpf_svc.testbed.traffic import Outcome, ask, connection, serve
 from tests.lib import kubeproxy
 from tests.lib.manifests import PROTOCOLS, Web, node_manifests
+from tests.lib.takeover import WEB, Lasting, Site, asked
 from tests.lib.waiting import eventually
 from tests.lib.world import write_manifests
 
-WEB = Web(1)
 IN_PLACE = {
     "test_connections_live_through_the_switch": ("legacy", "nft"),
     "test_rules_of_others_stay_word_for_word": ("",),
@@ -63,27 +62,6 @@ TABLES_IN_PLACE = {
 """The same in nftables mode; and its connections wait for nobody, as connection tracking has them.
 """
 EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
-
-
-@dataclass
-class Site:
-    """A node with kube-proxy's rules for WEB and an agent that has not started."""
-
-    cluster: Cluster
-    agent: Agent
-    pods: tuple[Pod, ...]
-    shell: Pod
-    """Out of reach of socket hooks: all its packets are translated on their way."""
-
-    @property
-    def node(self) -> Node:
-        return self.agent.node
-
-    def kube_proxy(self, mode: str) -> None:
-        kubeproxy.write(self.node, mode, WEB, self.pods)
-
-    def migrate(self, *words: str) -> str:
-        return self.agent.command("migrate", "--yes", *words)
 
 
 @pytest.fixture
@@ -151,49 +129,6 @@ def kube_proxy_process(site: Site, says: str = FAKE) -> Iterator[None]:
             process.kill()
 
 
-class Lasting:
-    """Connections of every kind that are open and have each found a server."""
-
-    def __init__(self, site: Site, stack: ExitStack) -> None:
-        self._open: list[tuple[str, Connection]] = []
-        self._servers: dict[str, str] = {}
-        for family in Family:
-            for protocol in PROTOCOLS:
-                targets = {
-                    "pod": (site.shell, WEB.at_cluster_ip(family, protocol)),
-                    "node": (site.node, WEB.at_cluster_ip(family, protocol)),
-                    "outside": (site.cluster.client, WEB.at_node(site.node, family, protocol)),
-                }
-                for name, (host, target) in targets.items():
-                    conn = stack.enter_context(connection(host, target))
-                    self._open.append((f"{name} {protocol.value} {family.label}", conn))
-        self.check()
-
-    def check(self) -> None:
-        """Each answers; TCP from the server it had."""
-        failed = {}
-        for name, conn in self._open:
-            answer = conn.ping()
-            server = self._servers.setdefault(name, answer.server)
-            if not answer.ok or ("TCP" in name and answer.server != server):
-                failed[name] = (answer.outcome, answer.detail, answer.server, server)
-        assert failed == {}
-
-
-def _asked(host: Host, site: Site) -> set[str]:
-    """Who answers new connections of a host to every frontend used here; failures by outcome."""
-    found = set()
-    for family in Family:
-        for protocol in PROTOCOLS:
-            for target in (
-                WEB.at_cluster_ip(family, protocol),
-                WEB.at_node(site.node, family, protocol),
-            ):
-                for answer in ask(host, target.address, target.port, protocol, count=4):
-                    found.add(answer.server or f"{answer.outcome} {target}")
-    return found
-
-
 @EVERY_MODE
 def test_connections_live_through_the_switch(site: Site, mode: str) -> None:
     """Connections made under kube-proxy's rules go on, its rules go, others' stay (Z5, Z7)."""
@@ -207,7 +142,7 @@ def test_connections_live_through_the_switch(site: Site, mode: str) -> None:
         lasting.check()
         assert "removed" in report
         for host in (site.shell, site.node):
-            assert _asked(host, site) == {"web1", "web2"}
+            assert asked(host, site) == {"web1", "web2"}
         if mode == "nftables":
             assert "kube-proxy" not in site.node.run(["nft", "list", "tables"])
         else:
@@ -260,7 +195,7 @@ def test_device_and_sets_of_ipvs_mode_go(site: Site) -> None:
     assert "kube-ipvs0" not in node.run(["ip", "link"])
     with node.namespace.entered(), IPSet() as sets:
         assert [one.get_attr("IPSET_ATTR_SETNAME") for one in sets.list()] == [names[2]]
-    assert _asked(site.shell, site) == {"web1", "web2"}
+    assert asked(site.shell, site) == {"web1", "web2"}
 
 
 def test_connections_through_ipvs_are_waited_for_then_all_of_it_goes(
@@ -293,7 +228,7 @@ def test_connections_through_ipvs_are_waited_for_then_all_of_it_goes(
         assert left == {name for name in SPECS if name not in kubeproxy_host.IPSETS}
     assert "kube-ipvs0" not in node.run(["ip", "link"])
     assert json.loads(site.migrate("--dry-run", "--json"))["found"] == []
-    assert _asked(site.shell, site) == {"web1", "web2"}
+    assert asked(site.shell, site) == {"web1", "web2"}
 
 
 def leave_ipvs(site: Site) -> None:
@@ -429,7 +364,7 @@ def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
             with pytest.raises(CommandError, match="waiting for 4 connections"):
                 site.migrate("--undo", "--drain", "1")
             lasting.check()
-            assert _asked(site.shell, site) == {"web1", "web2"}
+            assert asked(site.shell, site) == {"web1", "web2"}
             assert _translated(site.node)
             lasting.check()
     with kube_proxy_process(site):
@@ -440,7 +375,7 @@ def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
     after = traces(site.node)
     assert not any("ebpf-svc" in table for table in after["table"])
     assert {**after, "table": ()} == {**before, "table": ()}
-    assert _asked(site.shell, site) == {"web1", "web2"}
+    assert asked(site.shell, site) == {"web1", "web2"}
 
 
 def _translated(node: Node) -> bool:
@@ -463,7 +398,7 @@ def test_iptables_mode_takes_over_and_gives_back_in_place(
         site.agent.start()
         lasting.check()
         for host in (site.shell, site.node):
-            assert _asked(host, site) == {"web1", "web2"}
+            assert asked(host, site) == {"web1", "web2"}
         during = kubeproxy.chains(site.node, mode)
         assert foreign <= during
         assert not [name for name in during if "AAAAAAAA" in name]  # stale ones of kube-proxy
@@ -477,7 +412,7 @@ def test_iptables_mode_takes_over_and_gives_back_in_place(
         after = kubeproxy.chains(site.node, mode)
         assert after == {name for name in during if "EBPF-SVC" not in name}
         lasting.check()
-        assert _asked(site.shell, site) == {"web1", "web2"}
+        assert asked(site.shell, site) == {"web1", "web2"}
 
 
 def _marked(site: Site, mode: str) -> bool:
