@@ -16,12 +16,13 @@ OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
     "host-only": {"cluster_cidrs": addressing.CLUSTER_CIDRS, "translate_pods": False},
     "no-cidr": {"cluster_cidrs": (), "translate_pods": True},
     "no-cidr-host-only": {"cluster_cidrs": (), "translate_pods": False},
+    # With the fast path the hooks leave pods to tc.
     "fast": {
         "cluster_cidrs": addressing.CLUSTER_CIDRS,
-        "translate_pods": True,
+        "translate_pods": False,
         "fast_path": True,
     },
-    "fast-host-only-xdp": {
+    "fast-xdp": {
         "cluster_cidrs": addressing.CLUSTER_CIDRS,
         "translate_pods": False,
         "fast_path": True,
