@@ -20,6 +20,7 @@ from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.model.desired import DesiredState, PlanKey, ServicePlan
 from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.testbed.patience import PATIENCE
 from tests.lib.plans import make_backend, make_desired, make_frontend, make_plan
 from tests.lib.strategies import desired_states
 
@@ -81,8 +82,12 @@ def services(count: int, *, endpoints: int = 3) -> dict[PlanKey, ServicePlan]:
     return plans
 
 
+EXAMPLES = max(5, round(60 / PATIENCE))
+"""Fewer where the machine is slow: each is a life of an agent."""
+
+
 @settings(
-    max_examples=60,
+    max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -36,6 +36,8 @@ POWER_OFF_S = 10.0
 POLL_S = 0.2
 PATIENCE = 6
 """How many times longer than a real machine an emulated one may take; tests read it."""
+FUZZ_ROUNDS = 1000
+"""The first of the 5,000 of a real machine: one seed gives every kernel the same packets."""
 MODULES = ("virtio_blk", "ext4", "br_netfilter")
 """The last is what a node of Kubernetes has loaded: netfilter sees what passes a bridge of pods."""
 GUEST_OUT = "/mnt"
@@ -159,6 +161,7 @@ def _script(command: Sequence[str], programs: Path) -> str:
     environment = {
         "EBPF_SVC_PATIENCE": str(PATIENCE),
         "EBPF_SVC_ARTIFACTS": "/tmp/artifacts",
+        "EBPF_SVC_FUZZ_ROUNDS": str(FUZZ_ROUNDS),
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
