@@ -52,7 +52,9 @@ IN_PLACE = {
     "test_what_we_do_not_serve_is_not_taken_away": ("legacy", "nft"),
     "test_undo_gives_back_without_a_reset": ("legacy", "nft", "nftables"),
 }
-"""Tests -> kube-proxy's modes in which there is nothing for `migrate` to do in iptables mode."""
+"""Tests -> kube-proxy's modes in which there is nothing for `migrate` to do in iptables mode, nor
+in ipvs mode, which has some of these chains and whose agent removes the others at its start.
+"""
 TABLES_IN_PLACE = {
     "test_connections_live_through_the_switch": ("nftables",),
     "test_agent_and_check_say_beside_whom_they_start": ("nftables",),
@@ -61,6 +63,8 @@ TABLES_IN_PLACE = {
 }
 """The same in nftables mode; and its connections wait for nobody, as connection tracking has them.
 """
+SHARING = ("iptables", "ipvs")
+"""Modes with chains of kube-proxy's names."""
 EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
 
 
@@ -85,8 +89,8 @@ def site(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[S
 def rules_apart(request: pytest.FixtureRequest, dataplane: str) -> None:
     """Skip what takes for granted that our rules stand beside kube-proxy's."""
     mode = request.node.callspec.params.get("mode", "")
-    if dataplane == "iptables" and mode in IN_PLACE.get(request.node.originalname, ()):
-        pytest.skip("iptables mode takes kube-proxy's chains over in place, and leaves them there")
+    if dataplane in SHARING and mode in IN_PLACE.get(request.node.originalname, ()):
+        pytest.skip(f"{dataplane} mode takes kube-proxy's chains over in place")
     if dataplane == "nftables" and mode in TABLES_IN_PLACE.get(request.node.originalname, ()):
         pytest.skip("nftables mode replaces kube-proxy's tables, and has no connections of its own")
 
@@ -381,6 +385,26 @@ def test_undo_gives_back_without_a_reset(site: Site, mode: str) -> None:
 def _translated(node: Node) -> bool:
     """Whether netfilter has translated a connection from a frontend: kube-proxy's rules act."""
     return f"dst={WEB.cluster.v4} " in node.run(["conntrack", "-L", "-p", "tcp", "--dst-nat"])
+
+
+@pytest.mark.parametrize("mode", ["legacy", "nft"])
+def test_ipvs_mode_takes_over_from_iptables_mode(site: Site, dataplane: str, mode: str) -> None:
+    """Its chains go without `migrate`, others' stay; connections live, `cleanup` leaves none."""
+    if dataplane != "ipvs":
+        pytest.skip("other modes leave these chains to `migrate`, or have them themselves")
+    site.kube_proxy(mode)
+    before = kubeproxy.chains(site.node, mode)
+    foreign = {name for name in before if name.split()[-1] in kubeproxy.FOREIGN}
+    with ExitStack() as stack:
+        lasting = Lasting(site, stack)
+        site.agent.start()
+        eventually(lambda: "AAAAAAAA" not in " ".join(kubeproxy.chains(site.node, mode)))
+        lasting.check()
+        assert _asked(site.shell, site) == {"web1", "web2"}
+        assert site.migrate().startswith("There are no rules")
+    site.agent.stop()
+    site.agent.cleanup()
+    assert kubeproxy.chains(site.node, mode) == foreign
 
 
 @pytest.mark.parametrize("mode", ["legacy", "nft"])
