@@ -95,6 +95,8 @@ class MockApiServer:
         """Given to the next requests they fit."""
         self.streams_lists = True
         """Knows sendInitialEvents, as servers since 1.34 do by default."""
+        self.selects_cluster_ips = True
+        """Knows the field selector spec.clusterIP."""
         self.token = ""
         """Bearer token asked for; empty = anybody may come in."""
         self.compresses = False
@@ -273,18 +275,15 @@ class MockApiServer:
                 body = _status(fault.status, fault.message) if body is None else body
                 await self._send(writer, fault.status, body, fault.headers)
                 return True
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if self.token and (scheme.lower(), token) != ("bearer", self.token):
-            await self._send(writer, 401, _status(401, "Unauthorized"))
+        refused = self._refusal(request)
+        if refused is not None:
+            await self._send(writer, refused[0], _status(*refused))
             return True
         if request.body:
             self.created.append(json.loads(request.body))
             await self._send(writer, 201, request.body)
             return True
-        collection = self._collections.get(request.path)
-        if collection is None:
-            await self._send(writer, 404, _status(404, "the server could not find it"))
-            return True
+        collection = self._collections[request.path]
         try:
             if request.query.get("watch") == "true":
                 await self._watch(collection, request.query, reader, writer)
@@ -296,6 +295,18 @@ class MockApiServer:
         except Gone as error:
             await self._send(writer, 410, _status(410, str(error)))
         return True
+
+    def _refusal(self, request: Request) -> tuple[int, str] | None:
+        """Status and message for what this server does not do."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if self.token and (scheme.lower(), token) != ("bearer", self.token):
+            return 401, "Unauthorized"
+        if not request.body and request.path not in self._collections:
+            return 404, "the server could not find it"
+        selected = request.query.get("fieldSelector", "")
+        if "spec.clusterIP" in selected and not self.selects_cluster_ips:
+            return 400, '"spec.clusterIP" is not a known field selector: only "metadata.name"'
+        return None
 
     def _list(self, collection: Collection, query: Mapping[str, str]) -> bytes:
         limit = 0 if query.get("resourceVersion") == "0" else int(query.get("limit", 0))

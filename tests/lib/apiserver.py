@@ -102,9 +102,10 @@ class Seen:
 
     @property
     def services(self) -> set[str]:
-        """Names of all Services."""
+        """Names of all Services with an address; others serve nobody (F1, F2)."""
         snapshot = self.now
-        return {str(name) for name in snapshot.services} if snapshot else set()
+        services = snapshot.services.items() if snapshot else ()
+        return {str(name) for name, service in services if service.cluster_ips}
 
     @property
     def addresses(self) -> set[str]:

@@ -8,6 +8,7 @@ that deletions nobody saw are noticed.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ ABSENT_S = 600.0
 """Pause before an optional kind is asked for again: the server may have been upgraded."""
 _RESUMABLE = frozenset({401, 403, 429, 500, 502, 503})
 """Errors that say nothing about the version asked for; after others, everything is listed anew."""
+
+_UNKNOWN_FIELD = re.compile("not a known field selector|field label not supported")
 
 ItemT = TypeVar("ItemT", bound=wire.Object)
 ValueT = TypeVar("ValueT")
@@ -101,6 +104,8 @@ class Reflector(Generic[ItemT, ValueT]):
         """Everything up to here is in the sink; empty = list."""
         self._streams = shared.settings.streaming_lists and not resource.is_small
         self._page_size = shared.settings.page_size
+        self._selectors = dict(resource.selectors)
+        """What the server filters by; it may know less than we would like."""
         self._failures = 0
         """In a row, of this kind alone."""
         name = f"watch-{resource.kind}"
@@ -229,7 +234,7 @@ class Reflector(Generic[ItemT, ValueT]):
         try:
             answer = self._server.get(
                 self._resource.path,
-                {**self._resource.selectors, **query},
+                {**self._selectors, **query},
                 packed=packed,
                 silence_s=silence_s,
             )
@@ -323,6 +328,11 @@ class Reflector(Generic[ItemT, ValueT]):
         elif self._streams and not self._version and error.status in (400, 422):
             log.info("watch.streaming-refused", source=kind, reason=str(error))
             self._streams = False
+        elif error.status == 400 and _UNKNOWN_FIELD.search(str(error)):
+            # Servers before 1.32 select Services by no field of theirs. What comes without it is
+            # read, and left out, all the same.
+            log.info("watch.selector-refused", source=kind, reason=str(error))
+            del self._selectors["fieldSelector"]
         else:
             self._pause("watch.refused", error, FIRST_REFUSAL_S, LONGEST_REFUSAL_S)
 

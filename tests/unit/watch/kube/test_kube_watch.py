@@ -61,8 +61,14 @@ def test_server_is_asked_for_what_is_ours_alone(
     }
 
 
-def test_foreign_headless_and_other_nodes_objects_stay_unseen(server: MockApiServer) -> None:
-    """W1-W3, F16: also when they become so while they are watched."""
+@pytest.mark.parametrize("selects_cluster_ips", [True, False])
+def test_foreign_headless_and_other_nodes_objects_stay_unseen(
+    server: MockApiServer, selects_cluster_ips: bool
+) -> None:
+    """W1-W3, F16: also when they become so while they are watched, and by a server that cannot
+    select Services by address.
+    """
+    server.selects_cluster_ips = selects_cluster_ips
     label = {"service.kubernetes.io/service-proxy-name": "other"}
     server.put("Service", api.service("shop/foreign", labels=label))
     server.put("Service", api.service("shop/headless", "None"))
