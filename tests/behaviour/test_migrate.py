@@ -400,7 +400,7 @@ def test_ipvs_mode_takes_over_from_iptables_mode(site: Site, dataplane: str, mod
         site.agent.start()
         eventually(lambda: "AAAAAAAA" not in " ".join(kubeproxy.chains(site.node, mode)))
         lasting.check()
-        assert _asked(site.shell, site) == {"web1", "web2"}
+        assert asked(site.shell, site) == {"web1", "web2"}
         assert site.migrate().startswith("There are no rules")
     site.agent.stop()
     site.agent.cleanup()
