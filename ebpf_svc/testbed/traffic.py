@@ -18,6 +18,7 @@ from typing import Any
 from ebpf_svc.model.net import Protocol
 from ebpf_svc.testbed.control import PeerError
 from ebpf_svc.testbed.host import Host
+from ebpf_svc.testbed.patience import PATIENCE
 
 
 class Outcome(StrEnum):
@@ -74,6 +75,15 @@ class Target:
     request_bytes: int = 0
     reply_bytes: int = 0
     """Least sizes of request and answer; larger than the MTU makes UDP fragment."""
+
+    @property
+    def waits_s(self) -> float:
+        """The timeout on this machine."""
+        return self.timeout_s * PATIENCE
+
+    def raw(self) -> dict[str, Any]:
+        """As a host's peer takes it."""
+        return {**asdict(self), "timeout_s": self.waits_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +150,14 @@ def ask_all(probes: Sequence[Probe]) -> list[list[Answer]]:
         by_host.setdefault(probe.host, []).append(position)
     futures: list[tuple[list[int], Future[Any]]] = []
     for host, positions in by_host.items():
-        raw = [{**asdict(probes[i].target), "count": probes[i].count} for i in positions]
+        raw = [{**probes[i].target.raw(), "count": probes[i].count} for i in positions]
         futures.append((positions, host.peer.submit("ask", probes=raw)))
-    longest_s = max((probe.target.timeout_s * probe.count * 2 for probe in probes), default=0.0)
+    longest_s = max((probe.target.waits_s * probe.count * 2 for probe in probes), default=0.0)
     answers: list[list[Answer]] = [[] for _ in probes]
     for positions, future in futures:
-        for position, got in zip(positions, future.result(longest_s + 10.0), strict=True):
+        for position, got in zip(
+            positions, future.result(longest_s + 10.0 * PATIENCE), strict=True
+        ):
             answers[position] = [Answer.of(one) for one in got]
     return answers
 
@@ -160,14 +172,14 @@ class Connection:
 
     def __init__(self, host: Host, target: Target) -> None:
         self._host, self._target = host, target
-        opened = host.peer.call("open", target=asdict(target), takes_s=target.timeout_s)
+        opened = host.peer.call("open", target=target.raw(), takes_s=target.waits_s)
         if opened["outcome"] != Outcome.OK:
             raise PeerError(f"{host.name} cannot open {target}: {opened}")
         self._channel: int = opened["channel"]
 
     def ping(self) -> Answer:
         """One request on the socket."""
-        takes_s = 2 * self._target.timeout_s
+        takes_s = 2 * self._target.waits_s
         return Answer.of(self._host.peer.call("ping", channel=self._channel, takes_s=takes_s))
 
     def close(self) -> None:
@@ -193,8 +205,8 @@ class Load:
         self, host: Host, targets: Sequence[Target], *, workers: int, pause_ms: float
     ) -> None:
         self._host = host
-        self._longest_s = 2 * max(target.timeout_s for target in targets)
-        raw = [asdict(target) for target in targets]
+        self._longest_s = 2 * max(target.waits_s for target in targets)
+        raw = [target.raw() for target in targets]
         self._number: int = host.peer.call(
             "start_load", targets=raw, workers=workers, pause_s=pause_ms / 1e3
         )
