@@ -19,7 +19,9 @@ from ebpf_svc.model.net import Family, Protocol
 NETLINK_NETFILTER = 12
 _GET, _DELETE = 0x101, 0x102
 """IPCTNL_MSG_CT_GET and _DELETE of the subsystem ctnetlink."""
-_ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
+_ORIGINAL, _REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
+_DST_NAT = 1 << 5
+"""IPS_DST_NAT."""
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _PROTO_NUMBER, _PROTO_SOURCE_PORT, _PROTO_DESTINATION_PORT = 1, 2, 3
 _NESTED = 0x8000
@@ -41,6 +43,8 @@ class Entry:
     """Where answers come from: another place when the destination was translated."""
     handle: bytes
     """What names this very entry to the kernel."""
+    by_rule: bool = False
+    """A rule translated its destination; IPVS and eBPF need none."""
 
 
 def entries(
@@ -123,7 +127,8 @@ def _parse(
     # id, which a later flow of the same tuple has only if it lies in the same memory (C9).
     handle = attribute(_ORIGINAL | _NESTED, fields[_ORIGINAL])
     handle += b"".join(attribute(kind, fields[kind]) for kind in (_ID, _ZONE) if kind in fields)
-    return Entry(destination, source, handle)
+    status = int.from_bytes(fields.get(_STATUS, b""), "big")
+    return Entry(destination, source, handle, by_rule=bool(status & _DST_NAT))
 
 
 def _end(family: Family, address: bytes, port: bytes) -> tuple[str, int]:

@@ -44,6 +44,8 @@ class Machine:
         self.has_device = self.has_rules = False
         self.refuses: set[ServerKey] = set()
         """Virtual servers the kernel does not take."""
+        self.forgotten: set[ServerKey] = set()
+        """Virtual servers whose UDP flows were let go."""
         self.told: Counter[str] = Counter()
         """Messages by kind."""
 
@@ -269,6 +271,7 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dataplane, "run", lambda argv: "")
     patch.setattr(dataplane.sysctl, "write", lambda name, value: False)
     patch.setattr(dataplane, "Firewall", lambda settings, families: MemoryFirewall(machine))
+    patch.setattr(dataplane.flows, "forget", machine.forgotten.update)
     patch.setattr(dataplane.firewall, "ours", ours)
     patch.setattr(dataplane.firewall, "remove", remove)
     patch.setattr(dataplane.firewall, "parts", lambda variant, tables: iter(()))

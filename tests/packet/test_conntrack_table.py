@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from ebpf_svc.dataplane.ipvs.flows import forget
 from ebpf_svc.host import conntrack_table
 from ebpf_svc.host.command import run
+from ebpf_svc.host.ipvs import ServerKey
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.namespace import Namespace
 
@@ -65,6 +67,7 @@ def test_translated_flow_is_found_and_only_it_deleted(node, family):
     ask(family, 40001)
     ask(family, 40002)
     found = flows(family)
+    assert all(one.by_rule for one in found)
     assert [(one.destination, one.answers_from) for one in found] == [ENDS[family]] * 2
     assert conntrack_table.delete(family, found[:1]) == 1
     assert [one.handle for one in flows(family)] == [found[1].handle]
@@ -93,3 +96,20 @@ def test_other_protocols_are_not_read(node, family):
     conntrack_table.entries(family, Protocol.TCP, keep)
     assert seen == []
     assert conntrack_table.can_be_read() == ""
+
+
+def test_flow_no_rule_translates_goes_with_its_virtual_server(node, family):
+    """Else its client, which goes on sending, would be served by nobody; rules' flows stay (C7)."""
+    (vip, port), (backend, _) = ENDS[family]
+    ask(family, 40005)
+    af = socket.AF_INET if family is Family.V4 else socket.AF_INET6
+    with socket.socket(af, socket.SOCK_DGRAM) as sender:
+        sender.bind((backend, 40006))
+        sender.sendto(b"?", (backend, port))
+    translated = flows(family)
+    servers = [ServerKey(address, port, Protocol.UDP) for address in (vip, backend)]
+    assert forget([ServerKey(backend, port, Protocol.TCP)]) == 0
+    assert forget(servers) == 1
+    assert forget(servers) == 0
+    assert flows(family) == translated
+    conntrack_table.delete(family, translated)

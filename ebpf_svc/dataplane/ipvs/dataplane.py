@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Support
 from ebpf_svc.dataplane.inspect import FlowCounts, KernelPart, Series
-from ebpf_svc.dataplane.ipvs import check, firewall, readback, render, state
+from ebpf_svc.dataplane.ipvs import check, firewall, flows, readback, render, state
 from ebpf_svc.dataplane.ipvs.firewall import Firewall
 from ebpf_svc.dataplane.ipvs.kernel import Kernel, Refused
 from ebpf_svc.dataplane.ipvs.render import NOTHING, Options, Share
@@ -386,10 +386,12 @@ class IpvsDataplane:
     def _remove_servers(self, families: tuple[Family, ...]) -> None:
         kernel = Kernel()
         try:
-            kernel.remove_servers(self._owned(kernel.read(families)))
+            served = self._owned(kernel.read(families))
+            kernel.remove_servers(served)
             kernel.remove_device()
         finally:
             kernel.close()
+        flows.forget(served)
 
     def _remove_sets(self, families: tuple[Family, ...]) -> None:
         kernel = Kernel()

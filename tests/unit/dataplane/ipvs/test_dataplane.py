@@ -264,6 +264,7 @@ def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
     assert made.retire()
     made.cleanup()
     assert machine.empty
+    assert WEB in machine.forgotten
     assert made.retire()
 
 
