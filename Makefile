@@ -14,13 +14,15 @@ runs = $(wildcard $(patsubst %,docs/benchmarks/%.json,path path-xdp path-100000 
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
 emulator := qemu-system-x86 busybox-static kmod e2fsprogs
+# Where `make real` builds what it runs beside.
+KUBERNETES ?= /var/lib/ebpf-svc-kubernetes
 # make behaviour K=nodeport ARGS=-x
 K ?=
 ARGS ?=
 JSON ?=
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
-.PHONY: help bootstrap demo test $(rings) image vm behaviours behaviour-page benchmarks bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
+.PHONY: help bootstrap demo test $(rings) image vm real behaviours behaviour-page benchmarks bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -81,6 +83,10 @@ behaviours: behaviour behaviour-page ## docs/behaviours.md from a run of the beh
 
 behaviour-page: bootstrap ## docs/behaviours.md from what whole runs of both rings left, running nothing
 	@$(python) -m tests.lib.behaviours docs/behaviours.md $$(find test-logs -path '*/results/*.json')
+
+real: need-root bootstrap ## beside a kube-apiserver and a kube-proxy built from Debian's source: minutes (root)
+	@scripts/kubernetes '$(KUBERNETES)'
+	@EBPF_SVC_KUBERNETES='$(KUBERNETES)' $(pytest) tests/real $(choose)
 
 bench: need-root bootstrap ## every benchmark, small, and counts that must not grow (root)
 	@$(pytest) tests/bench $(choose)

@@ -30,6 +30,8 @@ _RELEASE = re.compile(r"^Kubernetes v(\d+)\.(\d+)")
 _SLICES_V1_SINCE = (1, 22)
 """The API server has them since 1.21, kube-proxy asks for them since 1.22."""
 _NFTABLES_SINCE = (1, 31)
+_DUAL_SINCE = (1, 21)
+"""Both families without being asked."""
 Item = dict[str, Any]
 
 
@@ -122,7 +124,8 @@ class KubeProxy:
         self._node, self._binary, self._mode = node, binary, mode
         self._log_path = node.folders.root / "kube-proxy.log"
         self._services = 0
-        is_old = release_of(binary) < _SLICES_V1_SINCE
+        self._release = release_of(binary)
+        is_old = self._release < _SLICES_V1_SINCE
         self._server = MockApiServer(paths=PATHS_BEFORE_1_22 if is_old else PATHS)
         with node.namespace.entered():  # its thread stays there
             self._server.start()
@@ -135,7 +138,7 @@ class KubeProxy:
         self._put(population.objects(after=self._services))
         self._services = population.services
         if self._process is None:
-            self._start()
+            self.start()
         assert self._process is not None
         deadline = time.monotonic() + PROGRAMMED_S
         while not self._has_synced(put_s):
@@ -144,14 +147,19 @@ class KubeProxy:
                 raise KubeProxyError(f"{self._binary} does not serve {wanted_ports} ports\n{tail}")
             time.sleep(0.2)
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
+    def stop(self) -> None:
+        """End the process; its rules stay."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
             try:
-                self._process.wait(_STOP_S)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                process.kill()
+                process.wait()
+
+    def close(self) -> None:
+        self.stop()
         self._server.close()
 
     def argv(self) -> list[str]:
@@ -161,12 +169,14 @@ class KubeProxy:
             f"--master={self._server.url}",
             f"--proxy-mode={self._mode}",
             f"--hostname-override={self._node.name}",
-            f"--cluster-cidr={addressing.CLUSTER_CIDRS[0]}",
+            f"--cluster-cidr={','.join(addressing.CLUSTER_CIDRS)}",
             "--kube-api-content-type=application/json",
             "--conntrack-max-per-core=0",
+            *(("--feature-gates=IPv6DualStack=true",) if self._release < _DUAL_SINCE else ()),
         ]
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start it with the objects there are; it may be started again after `stop`."""
         with self._log_path.open("a") as log:
             self._process = self._node.popen(
                 self.argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
