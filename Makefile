@@ -72,7 +72,7 @@ packet: need-root bootstrap ## one program at a time through the kernel (root)
 	@$(pytest) tests/packet $(choose)
 
 behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
-	@$(pytest) tests/behaviour $(if $(strip $(choose)),$(choose),--results test-logs/results/behaviour.json)
+	@$(pytest) tests/behaviour --durations=25 --durations-min=5 $(if $(strip $(choose)),$(choose),--results test-logs/results/behaviour.json)
 
 vm: need-root bootstrap ## programs, packets and a behaviour a promise on other kernels, emulated (root, qemu)
 	@dpkg-query -W $(emulator) >/dev/null 2>&1 || { apt-get update -qq && \
