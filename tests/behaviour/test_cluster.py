@@ -18,9 +18,10 @@ from ebpf_svc.testbed.addressing import pod_cidrs
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Node
-from ebpf_svc.testbed.traffic import Outcome, Probe, ask_all, connection, load, serve
+from ebpf_svc.testbed.traffic import Outcome, connection, load, serve
 from tests.lib import netfilter
 from tests.lib.manifests import Web, node_manifests
+from tests.lib.probing import asked_from_outside
 from tests.lib.waiting import eventually, wait_out
 
 SOON_S = 1.0
@@ -63,15 +64,7 @@ class Site:
 
     def servers(self, web: Web) -> set[str]:
         """Who answers a client outside, over both families; what failed is named by how."""
-        probes = [
-            Probe(self.cluster.client, target)
-            for family in Family
-            for target in (
-                web.at_node(self.node, family, Protocol.TCP, timeout_s=0.2),
-                web.at_external_ip(family, Protocol.TCP, timeout_s=0.2),
-            )
-        ]
-        return {each.server or each.outcome for answers in ask_all(probes) for each in answers}
+        return asked_from_outside(self.cluster.client, self.node, web)
 
     def reaches(self, web: Web, *names: str, within_s: float = SOON_S) -> None:
         """Wait until these, all of these and nothing else, answer."""

@@ -31,17 +31,15 @@ from ebpf_svc.model.desired import (
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.model.service import ServicePortName
 from ebpf_svc.modes import make_dataplane
-from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Node
 from ebpf_svc.testbed.namespace import python_argv
 from ebpf_svc.testbed.traces import traces
-from ebpf_svc.testbed.traffic import Outcome, ask, connection, serve
+from ebpf_svc.testbed.traffic import Outcome, ask, connection
 from tests.lib import kubeproxy
-from tests.lib.manifests import PROTOCOLS, Web, node_manifests
-from tests.lib.takeover import WEB, Lasting, Site, asked
+from tests.lib.manifests import PROTOCOLS, Web
+from tests.lib.takeover import WEB, Lasting, Site, asked, site_of
 from tests.lib.waiting import eventually
-from tests.lib.world import write_manifests
 
 IN_PLACE = {
     "test_connections_live_through_the_switch": ("legacy", "nft"),
@@ -72,17 +70,9 @@ EVERY_MODE = pytest.mark.parametrize("mode", ["legacy", "nft", "nftables"])
 def site(dataplane: str, artifact_cache: Path, no_leftovers: None) -> Iterator[Site]:
     # No other rules with NAT: what our own do not keep alive, nothing does.
     with Cluster.create(node_count=1, cni_masquerade=False, cache_dir=artifact_cache) as cluster:
-        (node,) = cluster.nodes
-        pods = (node.add_pod("web1"), node.add_pod("web2"))
-        shell = node.add_sandbox_pod("shell1")
-        for pod in pods:
-            serve(pod, tcp=[WEB.target_port], udp=[WEB.target_port])
-        manifests = cluster.folder / "manifests"
-        manifests.mkdir()
-        agent = Agent(node, cluster.settings(node, manifests), mode=dataplane)
-        write_manifests(manifests / "all.yaml", [*node_manifests([node]), *WEB.manifests(pods)])
-        yield Site(cluster, agent, pods, shell)
-        agent.stop()
+        made = site_of(cluster, dataplane)
+        yield made
+        made.agent.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -149,3 +149,16 @@ def assert_none(broken: Sequence[Row], of: int) -> None:
     if broken:
         lines = "\n".join(f"  {row!r}" for row in broken)
         pytest.fail(f"{len(broken)} of {of} rows do not hold:\n{lines}", pytrace=False)
+
+
+def asked_from_outside(client: Host, node: Node, web: Web) -> set[str]:
+    """Who answers at a node port and an external IP over TCP; what failed is named by how."""
+    probes = [
+        Probe(client, target)
+        for family in Family
+        for target in (
+            web.at_node(node, family, Protocol.TCP, timeout_s=0.2),
+            web.at_external_ip(family, Protocol.TCP, timeout_s=0.2),
+        )
+    ]
+    return {each.server or each.outcome for answers in ask_all(probes) for each in answers}

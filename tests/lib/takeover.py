@@ -9,9 +9,10 @@ from ebpf_svc.model.net import Family
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host, Node, Pod
-from ebpf_svc.testbed.traffic import Connection, ask, connection
+from ebpf_svc.testbed.traffic import Connection, ask, connection, serve
 from tests.lib import kubeproxy
-from tests.lib.manifests import PROTOCOLS, Web
+from tests.lib.manifests import PROTOCOLS, Web, node_manifests
+from tests.lib.world import write_manifests
 
 WEB = Web(1)
 
@@ -35,6 +36,19 @@ class Site:
 
     def migrate(self, *words: str) -> str:
         return self.agent.command("migrate", "--yes", *words)
+
+
+def site_of(cluster: Cluster, mode: str) -> Site:
+    """The only node of a cluster, with WEB's pods and its manifests; nothing serves it yet."""
+    (node,) = cluster.nodes
+    pods = (node.add_pod("web1"), node.add_pod("web2"))
+    shell = node.add_sandbox_pod("shell1")
+    for pod in pods:
+        serve(pod, tcp=[WEB.target_port], udp=[WEB.target_port])
+    manifests = cluster.folder / "manifests"
+    manifests.mkdir()
+    write_manifests(manifests / "all.yaml", [*node_manifests([node]), *WEB.manifests(pods)])
+    return Site(cluster, Agent(node, cluster.settings(node, manifests), mode=mode), pods, shell)
 
 
 class Lasting:

@@ -15,9 +15,10 @@ from ebpf_svc.testbed.addressing import pod_cidrs
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Pod
-from ebpf_svc.testbed.traffic import Probe, ask_all, connection, serve
+from ebpf_svc.testbed.traffic import connection, serve
 from tests.deploy.kustomize import Object, render
 from tests.lib.manifests import Web, node_manifests
+from tests.lib.probing import asked_from_outside
 from tests.lib.waiting import eventually
 from tests.real.control_plane import ApiError, ControlPlane
 
@@ -64,18 +65,11 @@ class Site:
     def reaches(self, web: Web, *names: str) -> None:
         """Wait until these, all of these and nothing else, answer a client outside."""
 
-        def servers() -> set[str]:
-            probes = [
-                Probe(self.cluster.client, target)
-                for family in Family
-                for target in (
-                    web.at_node(self.node, family, Protocol.TCP, timeout_s=0.2),
-                    web.at_external_ip(family, Protocol.TCP, timeout_s=0.2),
-                )
-            ]
-            return {each.server or each.outcome for answers in ask_all(probes) for each in answers}
-
-        eventually(servers, until=lambda now: now == set(names), within_s=SOON_S)
+        eventually(
+            lambda: asked_from_outside(self.cluster.client, self.node, web),
+            until=lambda now: now == set(names),
+            within_s=SOON_S,
+        )
 
     def events(self) -> dict[str, str]:
         """Reason -> name of the object, of every Event."""

@@ -13,11 +13,8 @@ from ebpf_svc.bench.serving import KubeProxy, release_of
 from ebpf_svc.errors import CommandError
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.cluster import Cluster
-from ebpf_svc.testbed.traffic import serve
-from tests.lib.manifests import node_manifests
-from tests.lib.takeover import WEB, Lasting, Site, asked
+from tests.lib.takeover import WEB, Lasting, Site, asked, site_of
 from tests.lib.waiting import eventually
-from tests.lib.world import write_manifests
 
 START_S = 60.0
 BOTH = {"web1", "web2"}
@@ -27,16 +24,7 @@ SHARED = {"KUBE-MARK-DROP"}
 
 @pytest.fixture
 def site(cluster: Cluster) -> Site:
-    (node,) = cluster.nodes
-    pods = (node.add_pod("web1"), node.add_pod("web2"))
-    shell = node.add_sandbox_pod("shell1")
-    for pod in pods:
-        serve(pod, tcp=[WEB.target_port], udp=[WEB.target_port])
-    manifests = cluster.folder / "manifests"
-    manifests.mkdir()
-    write_manifests(manifests / "all.yaml", [*node_manifests([node]), *WEB.manifests(pods)])
-    agent = Agent(node, cluster.settings(node, manifests), mode="ebpf")
-    return Site(cluster, agent, pods, shell)
+    return site_of(cluster, "ebpf")
 
 
 @pytest.fixture
