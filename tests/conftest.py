@@ -37,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
-        usual = [name for name, variant in VARIANTS.items() if not variant.is_asked_for]
+        module = metafunc.module.__name__.rpartition(".")[2]
+        usual = [name for name, variant in VARIANTS.items() if variant.runs(module)]
         names = metafunc.config.getoption("dataplane") or usual
         metafunc.parametrize("variant", names, indirect=True, scope="session")
 

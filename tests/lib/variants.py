@@ -17,8 +17,18 @@ class Variant:
     mode: str
     ebpf: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Fields of `EbpfSettings` that differ from the testbed's."""
-    is_asked_for: bool = False
-    """Runs only with `--variant NAME`: another variant covers most of it."""
+    modules: frozenset[str] = frozenset()
+    """Test modules that run with it unless it is asked for by `--variant`, where another variant
+    covers the others; none = all.
+    """
+
+    def runs(self, module: str) -> bool:
+        """Whether it is usual for a test module, by its last name."""
+        return not self.modules or module in self.modules
+
+
+MATRIX = frozenset({"test_affinity", "test_frontends", "test_refusal", "test_source"})
+"""Who reaches what, from where and as whom: what depends on where packets are translated."""
 
 
 VARIANTS = {
@@ -26,7 +36,7 @@ VARIANTS = {
     for variant in (
         Variant("ebpf", "ebpf"),
         # Pods' packets all meet tc, as those of sandboxes do in every variant.
-        Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, is_asked_for=True),
+        Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, modules=MATRIX),
         # And go past the stack, or stay in the NIC's driver, where they can.
         Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
         Variant("nftables", "nftables"),
