@@ -18,7 +18,7 @@
 #include "lib/refuse.h"
 #include "lib/icmp.h"
 #include "lib/request.h"
-#include "lib/reply.h"
+#include "lib/leave.h"
 
 /* From a pod: the host side of its interface. */
 int pod_ingress(struct __sk_buff *skb)
@@ -41,10 +41,10 @@ int node_ingress_l3(struct __sk_buff *skb)
 /* To a pod or to other machines. */
 int egress(struct __sk_buff *skb)
 {
-	return reply(skb, ETH_HLEN);
+	return leave(skb, ETH_HLEN);
 }
 
 int egress_l3(struct __sk_buff *skb)
 {
-	return reply(skb, 0);
+	return leave(skb, 0);
 }

@@ -19,6 +19,15 @@ static __always_inline bool addr_is_zero(const struct addr *a)
 	return addr_equal(a, &(struct addr){});
 }
 
+static __always_inline bool addr_is_loopback(const struct addr *a)
+{
+#if IP_FAMILY == 4
+	return (a->word[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+#else
+	return !a->word[0] && !a->word[1] && !a->word[2] && a->word[3] == bpf_htonl(1);
+#endif
+}
+
 static __always_inline bool addr_masked_equal(const struct addr *a, const struct addr *mask,
 					      const struct addr *network)
 {

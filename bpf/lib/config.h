@@ -43,6 +43,7 @@
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
 	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL) || \
 	!defined(HAVE_COARSE_CLOCK) || \
+	!defined(HOST_PACKETS) || !defined(NO_LINK) || !defined(LINK_TUNNEL) || !defined(FLOW_HOST) || \
 	!defined(FAST_PATH) || !defined(XDP) || !defined(LINK_PEER) || \
 	!defined(LINK_NIC) || \
 	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT)

@@ -93,11 +93,11 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, struct packet *p
 }
 
 /* A client's error about a reply it got from a frontend: to the backend. */
-static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet *pkt,
+					    struct flow_key *key)
 {
 	struct packet inner = {};
 	struct l4_addr frontend = {};
-	struct flow_key key = {};
 	struct frontend_value *service;
 	struct flow_value *flow, *other;
 	struct rewrite quoted;
@@ -112,11 +112,11 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 	service = frontends.lookup(&frontend);
 	if (!service)
 		return NOT_OURS;
-	key.client = inner.dst;
-	key.client_port = inner.dport;
-	key.service = service->service;
-	key.proto = inner.proto;
-	flow = flow_of_request(&key, &frontend, false, &other);
+	key->client = inner.dst;
+	key->client_port = inner.dport;
+	key->service = service->service;
+	key->proto = inner.proto;
+	flow = flow_of_request(key, &frontend, false, &other);
 	if (!flow || (flow->flags & FLOW_HAIRPIN))
 		return NOT_OURS;
 	quoted.src = flow->backend.addr;
@@ -139,13 +139,14 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 }
 
 /* Somebody's error about a translated request: to the client, from the frontend
- * if it was the backend that sent it.
+ * if it was the backend that sent it. host: only if the client is a process of
+ * this node.
  */
-static __always_inline int error_to_client(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int error_to_client(struct __sk_buff *skb, struct packet *pkt,
+					   struct flow_key *key, bool host)
 {
 	struct packet inner = {};
 	struct reverse_key from = {};
-	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite quoted;
 	struct addr src;
@@ -155,14 +156,16 @@ static __always_inline int error_to_client(struct __sk_buff *skb, struct packet 
 	if (!addr_equal(&pkt->dst, &inner.src))
 		return NOT_OURS;
 	answer_to(&inner, &from);
-	flow = flow_of_reply(&from, &key);
-	if (!flow || (flow->flags & FLOW_HAIRPIN))
+	flow = flow_of_reply(&from, key);
+	if (!flow || (flow->flags & FLOW_HAIRPIN) || (host && !(flow->flags & FLOW_HOST)))
 		return NOT_OURS;
-	quoted.src = inner.src;
-	quoted.sport = key.client_port;
+	host = HOST_PACKETS && (flow->flags & FLOW_HOST);
+	quoted.src = host ? key->client : inner.src;
+	quoted.sport = key->client_port;
 	quoted.dst = flow->frontend.addr;
 	quoted.dport = flow->frontend.port;
 	src = addr_equal(&pkt->src, &flow->backend.addr) ? flow->frontend.addr : pkt->src;
-	return rewrite_error(skb, pkt, &inner, &quoted, inverse(destination_diffs(flow)), &src,
-			     &pkt->dst);
+	return rewrite_error(skb, pkt, &inner, &quoted,
+			     inverse(host ? all_diffs(flow) : destination_diffs(flow)), &src,
+			     host ? &key->client : &pkt->dst);
 }

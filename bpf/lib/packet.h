@@ -26,6 +26,7 @@ struct packet {
 	__u8   fragment;	/* enum fragment */
 	__u8   icmp_type;
 	__u8   why;		/* DROP_* + 1 once it is not to be forwarded */
+	__u8   leaving;		/* BPF_F_INGRESS of one that a process of the node sends, else 0 */
 	__u32  fragment_id;
 	__u32  l3;		/* offset of the IP header */
 	__u32  l4;		/* offset of what follows it */

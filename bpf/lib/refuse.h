@@ -70,8 +70,10 @@ static __always_inline void fill_icmp_error(struct icmp_error *error, const stru
 }
 #endif
 
-/* Send the packet back out of the device it came by. */
-static __always_inline int send_back(struct __sk_buff *skb, __u32 l3)
+/* Send the packet back out of the device it came by; with BPF_F_INGRESS, into the
+ * one it was about to leave by.
+ */
+static __always_inline int send_back(struct __sk_buff *skb, __u32 l3, __u64 flags)
 {
 	__u8 ends[2 * ETH_ALEN], turned[2 * ETH_ALEN];
 
@@ -83,7 +85,7 @@ static __always_inline int send_back(struct __sk_buff *skb, __u32 l3)
 		if (bpf_skb_store_bytes(skb, 0, turned, sizeof(turned), 0))
 			return drop(DROP_REWRITE_FAILED);
 	}
-	return bpf_redirect(skb->ifindex, 0);
+	return bpf_redirect(skb->ifindex, flags);
 }
 
 static __always_inline int answer_unreachable(struct __sk_buff *skb, const struct packet *pkt)
@@ -101,7 +103,7 @@ static __always_inline int answer_unreachable(struct __sk_buff *skb, const struc
 	    bpf_skb_adjust_room(skb, sizeof(error), BPF_ADJ_ROOM_MAC, 0) ||
 	    bpf_skb_store_bytes(skb, pkt->l3, &error, sizeof(error), 0))
 		return TC_ACT_SHOT;
-	return send_back(skb, pkt->l3);
+	return send_back(skb, pkt->l3, HOST_PACKETS ? pkt->leaving : 0);
 }
 
 /* What a reset changes of the segment it answers, as on the wire. */
@@ -139,7 +141,7 @@ static __always_inline int answer_reset(struct __sk_buff *skb, const struct pack
 	    bpf_skb_store_bytes(skb, at, &after, sizeof(after), 0) ||
 	    store_ends(skb, pkt, &swapped, 0, true, HOPS))
 		return TC_ACT_SHOT;
-	return send_back(skb, pkt->l3);
+	return send_back(skb, pkt->l3, HOST_PACKETS ? pkt->leaving : 0);
 }
 
 static __always_inline int refuse(struct __sk_buff *skb, const struct packet *pkt)

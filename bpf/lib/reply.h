@@ -15,7 +15,9 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 	struct flow_key key = {};
 	struct flow_value *flow;
 	struct rewrite to;
+	struct diffs diffs;
 	__u32 now;
+	bool host;
 	__u8 end;
 
 	if (parse(skb, l3, &pkt) != NEXT)
@@ -25,7 +27,7 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 		return TC_ACT_STOLEN;	/* silently: the sender is a local socket */
 	}
 	if (pkt.proto == PROTO_ICMP)
-		return error_to_client(skb, &pkt);
+		return error_to_client(skb, &pkt, &key, false);
 	if (!is_transport(&pkt))
 		return NOT_OURS;
 	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
@@ -47,9 +49,12 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 		fragment_remember(&pkt);
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
-	to.dst = pkt.dst;
+	/* A backend on this node itself, and a process of the node. */
+	host = HOST_PACKETS && (flow->flags & FLOW_HOST);
+	to.dst = host ? key.client : pkt.dst;
 	to.dport = key.client_port;
-	if (rewrite(skb, &pkt, &to, inverse(destination_diffs(flow)), false) != NEXT)
+	diffs = host ? all_diffs(flow) : destination_diffs(flow);
+	if (rewrite(skb, &pkt, &to, inverse(diffs), false) != NEXT)
 		return TC_ACT_SHOT;
 	count_packet(key.service, skb->len);
 	return FORWARD;

@@ -7,6 +7,7 @@
 #include "icmp.h"
 #include "refuse.h"
 #include "fast.h"
+#include "host.h"
 #include "select.h"
 
 /* Is this source a pod of the cluster? (D1, ClusterCIDR) */
@@ -63,7 +64,8 @@ static __always_inline bool answers_socket(struct __sk_buff *skb, const struct p
 static __always_inline void use_nat_port(struct flow_value *flow, const struct packet *pkt)
 {
 	if (!(flow->flags & FLOW_PORT)) {
-		flow->flags = FLOW_SNAT | FLOW_FAST;
+		flow->flags = flow->flags & FLOW_HOST ? FLOW_HOST | FLOW_PORT | FLOW_SNAT :
+							FLOW_FAST | FLOW_SNAT;
 		flow->addr_diff = csum_add(flow->addr_diff, addr_diff(&pkt->src, &flow->nat));
 	}
 	flow->port_diff = csum_add(flow->port_diff, port_diff(pkt->sport, flow->nat_port));
@@ -142,7 +144,11 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	crowded = known & 2;
 	key->service = frontend->service;
 	key->second = known >> 2 & 1;
-	if (addr_equal(&backend->at.addr, &pkt->src)) {
+	if (HOST_PACKETS && source == SOURCE_NODE) {
+		/* Its address is the node's already. */
+		flow->flags = FLOW_HOST;
+		flow->client_link = skb->ifindex;
+	} else if (addr_equal(&backend->at.addr, &pkt->src)) {
 		/* A backend that calls itself (P9). On its own device it is
 		 * turned round at once; from elsewhere the packet is masqueraded.
 		 */
@@ -162,6 +168,14 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 			return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
 		flow->flags |= FLOW_PORT;
 		as = &pkt->src;
+#if HOST_PACKETS
+	} else if (source == SOURCE_NODE) {
+		/* Netfilter takes the frontend for the peer, so the ports it
+		 * masquerades to may be this one towards the backend.
+		 */
+		if (pkt->proto != IPPROTO_SCTP)
+			as = host_address(skb, &pkt->src, &flow->backend.addr);
+#endif
 	} else if (FAST_PATH) {
 		as = open_fast(skb, pkt, flow);
 	}
@@ -170,7 +184,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 		crowded = false;
 	} else if (clash) {
 		return turn_away(pkt, DROP_CLIENT_PORT_CLASH);
-	} else if (as) {
+	} else if (as && source != SOURCE_NODE) {
 		/* A node that has run out of ports lets netfilter masquerade. */
 		flow->flags = FLOW_MASQUERADE;
 		ends->client = pkt->src;
@@ -215,7 +229,7 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 	count_packet(service, skb->len);
 	if (masquerade)
 		skb->mark |= MASQUERADE_MARK;
-	return hairpin ? send_back(skb, pkt->l3) : FORWARD;
+	return hairpin ? send_back(skb, pkt->l3, 0) : FORWARD;
 }
 
 /* The backend's answer to itself: back to the client it is, from the frontend. */
@@ -249,7 +263,7 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 	if (verdict != NEXT)
 		return verdict;
 	count_packet(key.service, skb->len);
-	return send_back(skb, pkt->l3);
+	return send_back(skb, pkt->l3, 0);
 }
 
 /* A client calls an endpoint itself. */
@@ -265,6 +279,60 @@ static __always_inline void free_direct(const struct packet *pkt, struct flow_ke
 	free_client_port(&ends, key, 0, now_s(), &crowded);
 }
 
+/* The flow of a request, opened when there is none; NEXT with *flow, or the
+ * verdict. host: a process of the node sends it.
+ */
+static __always_inline int find_or_open(struct __sk_buff *skb, struct packet *pkt,
+					const struct l4_addr *to,
+					const struct frontend_value *frontend,
+					struct flow_key *key, bool pod_device, bool host,
+					struct flow_value **flow)
+{
+	__u32 source, now, zero = 0;
+	struct flow_value *other;
+	struct opening *fresh;
+	int verdict;
+	__u8 end;
+
+	key->client = pkt->src;
+	key->client_port = pkt->sport;
+	key->proto = pkt->proto;
+	key->service = frontend->service;
+	*flow = flow_of_request(key, to, is_opening(pkt), &other);
+	now = now_s();
+	if (*flow && flow_holds(*flow, key->service, pkt, now)) {
+		touch(*flow, now);
+		end = note_request(*flow, pkt);
+		if (end)
+			tell_ending(skb, *flow, &pkt->src, pkt->sport, end, now);
+	} else {
+		source = pod_device || is_pod(&pkt->src) ? SOURCE_POD : SOURCE_EXTERNAL;
+		if (host)
+			source = SOURCE_NODE;
+		if (*flow) {
+			/* Only who finds no flow of the frontend's looks for another. */
+			key->second = !key->second;
+			other = flows.lookup(key);
+			key->second = !key->second;
+		}
+		fresh = openings.lookup(&zero);
+		if (!fresh)
+			return drop(DROP_FLOW_TABLE);
+		*flow = &fresh->flow;
+		verdict = open_flow(skb, pkt, to, frontend, key, fresh, other, source, pod_device,
+				    now);
+		if (verdict != NEXT) {
+			if (pkt->why)
+				tell_dropped(skb, pkt, pkt->why - 1, now);
+			return verdict;
+		}
+		tell_opened(skb, pkt, *flow, now);
+	}
+	if (pkt->fragment == FRAGMENT_FIRST)
+		fragment_remember(pkt);
+	return NEXT;
+}
+
 /* The whole of an ingress hook. pod_device: this is the host side of a pod's
  * interface, so the source is a pod whatever its address.
  */
@@ -275,16 +343,15 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	struct l4_addr to = {};
 	struct flow_key key = {};
 	struct frontend_value *frontend;
-	struct flow_value *flow, *other;
-	__u32 source, now, zero = 0;
-	struct opening *fresh;
+	struct flow_value *flow;
 	int verdict;
-	__u8 end;
 
 	if (parse(skb, l3, &pkt) != NEXT)
 		return NOT_OURS;
 	if (pkt.proto == PROTO_ICMP) {
-		verdict = error_to_backend(skb, &pkt);
+		verdict = error_to_backend(skb, &pkt, &key);
+		if (HOST_PACKETS && verdict == NOT_OURS)
+			verdict = error_to_client(skb, &pkt, &key, true);
 		if (fast && verdict == NOT_OURS)
 			verdict = fast_error(skb, &pkt, &key);
 		return verdict;
@@ -300,46 +367,20 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
 			return hairpin_reply(skb, &pkt);
+#if HOST_PACKETS
+		verdict = host_reply(skb, &pkt, &key);
+		if (verdict != NEXT)
+			return verdict;
+#endif
 		if (fast && (verdict = fast_reply(skb, &pkt, &key)) != NEXT)
 			return verdict;
 		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
 			free_direct(&pkt, &key);
 		return NOT_OURS;
 	}
-	key.client = pkt.src;
-	key.client_port = pkt.sport;
-	key.proto = pkt.proto;
-	key.service = frontend->service;
-	flow = flow_of_request(&key, &to, is_opening(&pkt), &other);
-	now = now_s();
-	if (!flow || !flow_holds(flow, key.service, &pkt, now)) {
-		source = pod_device || is_pod(&pkt.src) ? SOURCE_POD : SOURCE_EXTERNAL;
-		if (flow) {
-			/* Only who finds no flow of the frontend's looks for another. */
-			key.second = !key.second;
-			other = flows.lookup(&key);
-			key.second = !key.second;
-		}
-		fresh = openings.lookup(&zero);
-		if (!fresh)
-			return drop(DROP_FLOW_TABLE);
-		flow = &fresh->flow;
-		verdict = open_flow(skb, &pkt, &to, frontend, &key, fresh, other, source,
-				    pod_device, now);
-		if (verdict != NEXT) {
-			if (pkt.why)
-				tell_dropped(skb, &pkt, pkt.why - 1, now);
-			return verdict;
-		}
-		tell_opened(skb, &pkt, flow, now);
-	} else {
-		touch(flow, now);
-		end = note_request(flow, &pkt);
-		if (end)
-			tell_ending(skb, flow, &pkt.src, pkt.sport, end, now);
-	}
-	if (pkt.fragment == FRAGMENT_FIRST)
-		fragment_remember(&pkt);
+	verdict = find_or_open(skb, &pkt, &to, frontend, &key, pod_device, false, &flow);
+	if (verdict != NEXT)
+		return verdict;
 	if (fast && (verdict = fast_request(skb, &pkt, flow, key.service)) != NEXT)
 		return verdict;
 	return send_to_backend(skb, &pkt, flow, key.service);

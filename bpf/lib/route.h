@@ -11,6 +11,8 @@
  */
 #include "nat.h"
 
+#define LOOPBACK_INDEX 1	/* of every network namespace */
+
 #if IP_FAMILY == 4
 #define FIB_FAMILY 2		/* AF_INET */
 #else
@@ -29,7 +31,7 @@ struct route {
 };
 
 /* Where the stack would send a packet from src to dst that came by this device. */
-static __always_inline void find_route(void *ctx, __u32 ifindex, const struct addr *src,
+static __always_inline long find_route(void *ctx, __u32 ifindex, const struct addr *src,
 				       const struct addr *dst, struct route *route)
 {
 	struct bpf_fib_lookup *fib = &route->fib;
@@ -52,7 +54,11 @@ static __always_inline void find_route(void *ctx, __u32 ifindex, const struct ad
 		__u32 index = fib->ifindex;
 
 		route->link = links.lookup(&index);
+		/* Tunnels are left to the stack, which wraps their packets. */
+		if (HOST_PACKETS && route->link && route->link->kind == LINK_TUNNEL)
+			route->link = NULL;
 	}
+	return outcome;
 }
 
 /* Send a packet, Ethernet header and all, the way of its route. */
@@ -86,6 +92,36 @@ static __always_inline bool is_peer(__u32 index)
 
 	return link && link->kind == LINK_PEER;
 }
+
+#if HOST_PACKETS
+/* The address a process of the node is seen under by a backend: its own, or where
+ * that will not do the device's. Nobody answers the loopback address, and the other
+ * end of a tunnel may take packets of the tunnel's own alone.
+ */
+static __always_inline const struct addr *host_address(void *ctx, const struct addr *src,
+						       const struct addr *backend)
+{
+	bool loopback = addr_is_loopback(src);
+	struct addr any = {};
+	struct link_value *link;
+	struct route route;
+	__u32 index;
+	long found;
+
+	found = find_route(ctx, LOOPBACK_INDEX, &any, backend, &route);
+	if (found == BPF_FIB_LKUP_RET_NOT_FWDED)
+		return src;
+	index = route.fib.ifindex;
+	link = links.lookup(&index);
+	if (!link) {
+		index = NO_LINK;
+		link = links.lookup(&index);
+	}
+	if (!link || addr_is_zero(&link->addr))
+		return src;
+	return loopback || link->kind == LINK_TUNNEL ? &link->addr : src;
+}
+#endif
 
 /* The device such a packet leaves by and its index; NULL: not by the fast path. */
 static __always_inline struct link_value *link_towards(void *ctx, __u32 ifindex,
@@ -160,7 +196,7 @@ static __always_inline struct flow_value *fast_flow(struct reverse_key *from,
 
 	if (is_nat_port(from->port)) {
 		flow = flow_of_reverse(from, key);
-		if (flow && (flow->flags & FLOW_SNAT))
+		if (flow && (flow->flags & (FLOW_SNAT | FLOW_HOST)) == FLOW_SNAT)
 			return flow;
 	}
 	flow = flow_of_reply(from, key);

@@ -65,18 +65,8 @@ static __always_inline int socket_refuse(void)
 static __always_inline void fold_loopback(struct l4_addr *at)
 {
 #if IP_FAMILY == 4
-	if ((at->addr.word[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000))
+	if (addr_is_loopback(&at->addr))
 		at->addr.word[0] = bpf_htonl(0x7f000001);
-#endif
-}
-
-static __always_inline bool is_loopback(const struct l4_addr *at)
-{
-#if IP_FAMILY == 4
-	return at->addr.word[0] == bpf_htonl(0x7f000001);
-#else
-	return !at->addr.word[0] && !at->addr.word[1] && !at->addr.word[2] &&
-	       at->addr.word[3] == bpf_htonl(1);
 #endif
 }
 
@@ -92,7 +82,7 @@ static __always_inline bool hook_translates(const struct frontend_value *fronten
 		return false;
 	if (source == SOURCE_NODE)
 		return true;
-	if (!SOCKET_LB_PODS || is_loopback(to))
+	if (!SOCKET_LB_PODS || addr_is_loopback(&to->addr))
 		return false;
 	return !frontend->affinity_s && !(frontend->flags & FRONTEND_SOURCE_RANGES) &&
 	       !(frontend->flags & (SOURCE_POD << MASQUERADE_SHIFT));

@@ -41,7 +41,8 @@ class EbpfSettings(Section):
     """
     socket_lb: Annotated[SocketLB, BeforeValidator(_switch)] = SocketLB.FULL
     """full (or on): pods and host, but the host alone with `fast_path`, which is faster for pods;
-    hostOnly: pods are left to tc (meshes and sandboxes see the VIP); off: tc alone.
+    hostOnly: pods are left to tc (meshes and sandboxes see the VIP); off: tc alone, for host
+    processes where their packets leave, and no fast path.
     """
     pod_devices: tuple[str, ...] = ("veth*", "cali*", "lxc*", "eni*", "azv*", "gke*", "vz-*")
     """Patterns of the host side of pod interfaces. A device that also matches `node_devices` is a

@@ -194,12 +194,9 @@ def is_at_socket(scene: Scene, client: Client, view: FrontendView | None) -> boo
 
 
 def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
-    is_node = call.kind is Sources.NODE
     if told.view is None:
         found = nothing.verdict(told.scene, call.frontend)
         return Prediction(found, "" if found is Verdict.UNTOUCHED else "not_served")
-    if told.scene.mode == "ebpf" and is_node and not call.at_socket:
-        return Prediction(Verdict.UNTOUCHED)  # nothing but a hook sees what the node itself sends
     # The hooks do not know the source yet. A set with the node's address holds the VIP's own, too.
     filtered_as = call.frontend.address if call.at_socket or not call.client[0] else ""
     moves_sctp = told.scene.mode != "ebpf"

@@ -8,7 +8,6 @@ from itertools import groupby
 import pytest
 
 from tests.behaviour.conftest import Publish
-from tests.lib import netfilter
 from tests.lib.manifests import Web
 from tests.lib.probing import (
     BALANCER,
@@ -62,8 +61,8 @@ def test_client_keeps_its_pod(world: World, publish: Publish) -> None:
     rows = [
         row for kind in kinds for row in table(world, web, askers=askers, kinds=[kind], count=6)
     ]
-    # To netfilter, which translates late, 127.0.0.1 is a client of its own.
-    loopback = () if world.mode in netfilter.MODES else (LOCALHOST,)
+    # To who translates late, 127.0.0.1 is a client of its own.
+    loopback = () if world.translates_host_packets else (LOCALHOST,)
     rows += table(world, web, askers=[node1], kinds=(*kinds, *loopback), count=6)
     assert_held(rows)
     assert _by_client(rows) == first

@@ -28,6 +28,11 @@ OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
         "fast_path": True,
         "xdp": True,
     },
+    "no-sockets": {
+        "cluster_cidrs": addressing.CLUSTER_CIDRS,
+        "translate_pods": False,
+        "host_packets": True,
+    },
     "mark": {
         "cluster_cidrs": addressing.CLUSTER_CIDRS,
         "translate_pods": True,

@@ -39,6 +39,8 @@ VARIANTS = {
         Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, modules=MATRIX),
         # And go past the stack, or stay in the NIC's driver, where they can.
         Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
+        # And host processes' packets where they leave.
+        Variant(*("ebpf-no-sockets", "ebpf"), {"socket_lb": SocketLB.OFF}, modules=MATRIX),
         Variant("nftables", "nftables"),
         Variant("ipvs", "ipvs"),
         Variant("iptables", "iptables"),

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ebpf_svc.config import Settings
+from ebpf_svc.config import Settings, SocketLB
 from ebpf_svc.errors import CommandError
 from ebpf_svc.status import read_names
 from ebpf_svc.testbed import drivers
@@ -91,6 +91,12 @@ class World:
     def uses_drivers(self) -> bool:
         """Programs in drivers forward (XDP), so no checksum is left to hardware."""
         return bool(self._ebpf.get("xdp"))
+
+    @property
+    def translates_host_packets(self) -> bool:
+        """Processes of nodes are translated by packet, not when they name whom they call."""
+        is_off = self._ebpf.get("socket_lb") is SocketLB.OFF
+        return self.mode in netfilter.MODES or is_off
 
     @property
     def askers(self) -> tuple[Host, ...]:

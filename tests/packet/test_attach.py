@@ -350,14 +350,20 @@ def test_restart_with_one_family_takes_the_other_off(node, attached, compiled, l
 
 
 def test_socket_lb_off_takes_the_hooks_off(node, attached):
-    """A setting changed between two runs takes effect on what the first left."""
+    """A setting changed between two runs takes effect on what the first left, there and back."""
     attached.stop()
 
     again = node.start(node.settings.model_copy(update={"socket_lb": SocketLB.OFF}))
 
     assert node.hooks() == NO_HOOKS
     assert node.names("veth1") == POD
+    assert node.names("lo") == [name for name in POD if name.startswith("EGRESS")]
     again.stop()
+    back = node.start()
+    assert node.hooks() == HOOKS
+    assert node.names("lo") == []
+    assert node.qdisc("lo") is None
+    back.stop()
 
 
 def test_other_agents_filters_stay_and_ours_find_a_place(node, programs):

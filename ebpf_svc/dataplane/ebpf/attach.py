@@ -139,12 +139,16 @@ class Attachments:
 
     def _scan(self, *, repairing: bool = False) -> None:
         assert self._netlink is not None
-        found = {}
+        found, others = {}, []
         for link in links.links(self._netlink):
             role = role_of(link, self._settings)
             if role is not None:
                 found[link.index] = (link, role)
+            else:
+                others.append(link.index)
         known = self._devices
+        if not known:  # an earlier run, with other settings, may have had others
+            filters.remove(self._netlink, others)
         self._drop(known.keys() - found.keys())
         self._devices = found
         self._put(list(found.values()), repaired=known.keys() if repairing else ())

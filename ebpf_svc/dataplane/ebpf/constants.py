@@ -57,6 +57,8 @@ class FlowFlag(IntFlag):
     PORT = 16
     """The backend sees another port of the client, kept in `reverse`: it has a connection from the
     client's own port already."""
+    HOST = 32
+    """The client is a process of the node, translated by packet (bpf/lib/host.h)."""
 
 
 class LinkKind(IntEnum):
@@ -68,6 +70,13 @@ class LinkKind(IntEnum):
     """Leads to other machines: packets leave with a neighbour's address."""
     BRIDGE = 3
     """Pods are at its ports: the same, but XDP cannot send through it."""
+    TUNNEL = 4
+    """The stack wraps its packets, so it is no fast path; host processes are seen there under
+    its address."""
+
+
+NO_LINK = 0
+"""The key in `links` of the address for devices that have none there."""
 
 
 class FlowState(IntFlag):
@@ -152,6 +161,7 @@ def node_defines(
     masquerade_mark: int = MASQUERADE_MARK,
     fast_path: bool = False,
     xdp: bool = False,
+    host_packets: bool = False,
 ) -> dict[str, str]:
     """What is compiled in for this node: its pods' prefix, its kernel's abilities, its options.
 
@@ -163,6 +173,7 @@ def node_defines(
         masquerade_mark: the bit of the mark that asks for masquerading.
         fast_path: flows may go past the stack.
         xdp: those between other machines do so before the stack has made a buffer of a packet.
+        host_packets: no socket hooks: host processes are translated by packet.
     """
     flag = CSUM_IPV6_FLAG if family is Family.V6 and kernel >= (6, 16) else 0
     node = {
@@ -173,6 +184,7 @@ def node_defines(
         "MASQUERADE_MARK": hex(masquerade_mark),
         "FAST_PATH": str(int(fast_path)),
         "XDP": str(int(fast_path and xdp)),
+        "HOST_PACKETS": str(int(host_packets)),
     }
     for prefix in cluster_cidrs:
         if family_of(prefix) is family:
@@ -198,6 +210,7 @@ def defines(family: Family) -> dict[str, str]:
         "DISCARD_ADDRESS": _words(DISCARD_ADDRESS[family], family),
         "MASQUERADE_MARK": hex(MASQUERADE_MARK),
         "DROP_REASONS": str(len(Drop)),
+        "NO_LINK": str(NO_LINK),
         "NAT_PORT_FIRST": str(NAT_PORTS.start),
         "NAT_PORT_COUNT": str(len(NAT_PORTS)),
     }

@@ -21,6 +21,7 @@ from ebpf_svc.dataplane.ebpf import (
     constants,
     hooks,
     inventory,
+    loopback,
     options,
     readback,
     tables,
@@ -56,8 +57,6 @@ from ebpf_svc.model.net import Family
 ANSWER_S = 5.0
 """How long after we retired the answer to a datagram is still told as from the frontend: the
 patience of a resolver."""
-
-_FAST_PATH_SINCE = ".".join(map(str, constants.FAST_PATH_KERNEL))
 
 log = get_logger(__name__)
 
@@ -148,7 +147,9 @@ class EbpfDataplane:
             rules = nft.masquerade_rules(self._mark)
             rules.apply()
             fast_links = None
-            if settings.fast_path:
+            if options.translates_host_packets(settings):
+                loopback.allow()
+            if settings.fast_path or options.translates_host_packets(settings):
                 links = {family: of.links for family, of in opened.family.items()}
                 fast_links = FastLinks(links, settings)
                 fast_links.start()
@@ -369,7 +370,7 @@ class EbpfDataplane:
         settings = self._settings.ebpf
         fast_path = options.uses_fast_path(settings)
         if settings.fast_path and not fast_path:
-            log.warning("fast-path.ignored", reason=f"it needs Linux {_FAST_PATH_SINCE}")
+            log.warning("fast-path.ignored", reason=options.why_no_fast_path(settings))
         return {
             family: constants.node_defines(
                 family,
@@ -379,6 +380,7 @@ class EbpfDataplane:
                 masquerade_mark=self._mark,
                 fast_path=fast_path,
                 xdp=settings.xdp,
+                host_packets=options.translates_host_packets(settings),
             )
             for family in self._settings.families
         }

@@ -7,6 +7,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 
 from ebpf_svc.config import EbpfSettings
+from ebpf_svc.dataplane.ebpf.options import translates_host_packets
 from ebpf_svc.host.links import Link, Side
 
 _LOOPBACK_FLAG = 0x8  # IFF_LOOPBACK
@@ -30,8 +31,11 @@ class DeviceRole(Enum):
     NODE_L3 = ("node_ingress_l3", "egress_l3")
     """Leads to other machines, without Ethernet headers."""
 
+    LOOPBACK = ("", "egress")
+    """The node's own, where its processes are translated by packet."""
+
     def program(self, side: Side) -> str:
-        """The C function for one side."""
+        """The C function for one side; empty = none."""
         return self.value[0] if side is Side.INGRESS else self.value[1]
 
 
@@ -41,7 +45,8 @@ def role_of(link: Link, settings: EbpfSettings) -> DeviceRole | None:
     Node patterns win, so that a node which is itself a pod (its NIC a veth named eth0) is served.
     """
     if link.flags & _LOOPBACK_FLAG or link.kind in _NEVER_KINDS:
-        return None
+        is_ours = link.flags & _LOOPBACK_FLAG and translates_host_packets(settings)
+        return DeviceRole.LOOPBACK if is_ours else None
     if _matches(link.name, settings.node_devices):
         if link.slave_kind in _COVERED_BY_MASTER:
             return None

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterable, Mapping
 
 from ebpf_svc.config import EbpfSettings
-from ebpf_svc.dataplane.ebpf.constants import LinkKind
+from ebpf_svc.dataplane.ebpf.constants import NO_LINK, LinkKind
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole, role_of
+from ebpf_svc.dataplane.ebpf.options import translates_host_packets
 from ebpf_svc.dataplane.ebpf.table import HashTable
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import links, netlink, rtnetlink
@@ -50,7 +51,8 @@ def link_values(
     """Decide what the fast path may use: pods' devices, the bridges they are ports of, NICs. Pure.
 
     The address of a device is its first; of one without, the first NIC's, as the kernel's
-    masquerade has it.
+    masquerade has it. Where processes of the node are translated by packet, tunnels are named too,
+    and under NO_LINK the address for devices that are not here.
     """
     devices = list(devices)
     kinds: dict[int, LinkKind] = {}
@@ -61,6 +63,8 @@ def link_values(
         if role is DeviceRole.POD and link.has_far_peer:
             kinds[link.index] = LinkKind.PEER
             bridges.add(link.master)
+        elif role is not None and link.kind in _TUNNELS and translates_host_packets(settings):
+            kinds[link.index] = LinkKind.TUNNEL
         elif role is DeviceRole.NODE and link.kind not in _TUNNELS:
             kinds[link.index] = LinkKind.NIC
             nics.append(link.index)
@@ -74,7 +78,10 @@ def link_values(
         if family_of(each.address) is family:
             own.setdefault(each.index, each.address)
     usual = next((own[index] for index in nics if index in own), "")
-    return {index: (kind, own.get(index, usual)) for index, kind in kinds.items()}
+    values = {index: (kind, own.get(index, usual)) for index, kind in kinds.items()}
+    if translates_host_packets(settings):
+        values[NO_LINK] = (LinkKind.NIC, usual)
+    return values
 
 
 class FastLinks:

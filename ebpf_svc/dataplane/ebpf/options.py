@@ -16,8 +16,22 @@ def kernel() -> tuple[int, int]:
 
 
 def uses_fast_path(settings: EbpfSettings) -> bool:
-    """Whether flows may go past the stack: asked for, and safe on this kernel."""
-    return settings.fast_path and kernel() >= FAST_PATH_KERNEL
+    """Whether flows may go past the stack: asked for, and nothing is in the way."""
+    return settings.fast_path and not why_no_fast_path(settings)
+
+
+def why_no_fast_path(settings: EbpfSettings) -> str:
+    """What is in its way; empty = nothing."""
+    if kernel() < FAST_PATH_KERNEL:
+        return f"it needs Linux {'.'.join(map(str, FAST_PATH_KERNEL))}"
+    if translates_host_packets(settings):
+        return "without socket hooks no program has room for it"
+    return ""
+
+
+def translates_host_packets(settings: EbpfSettings) -> bool:
+    """Whether host processes are translated by packet, for want of socket hooks."""
+    return settings.socket_lb is SocketLB.OFF
 
 
 def hooks_see_pods(settings: EbpfSettings) -> bool:

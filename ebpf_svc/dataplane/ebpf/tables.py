@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_svc.config import EbpfSettings
-from ebpf_svc.dataplane.ebpf import constants
+from ebpf_svc.dataplane.ebpf import constants, options
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.dataplane.ebpf.layout import Layout
 from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Table
@@ -63,7 +63,9 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
         "reverse": settings.flow_entries // (1 if settings.fast_path else REVERSE_SHARE),
-        "links": LINK_ENTRIES if settings.fast_path else 1,
+        "links": LINK_ENTRIES
+        if settings.fast_path or options.translates_host_packets(settings)
+        else 1,
         "service_counters": min(settings.frontend_entries, COUNTED_SERVICES),
         "openings": 1,
         "settings": 1,
