@@ -123,9 +123,6 @@ def skeleton(pods: Mapping[Family, PodMatch | None]) -> str:
     for chain, hook in _CHAINS.items():
         lines.append(f"add chain {TABLE} {chain} {{ {hook}; policy accept; }}")
         lines.append(f"flush chain {TABLE} {chain}")
-    for family in pods:
-        chain = f"strangers{family.value}"
-        lines += [f"add chain {TABLE} {chain}", f"flush chain {TABLE} {chain}"]
     for family, match in pods.items():
         lines += [f"add rule {TABLE} {rule}" for rule in _rules(family, match)]
     return "\n".join(lines) + "\n"
@@ -163,9 +160,6 @@ def _rules(family: Family, pods: PodMatch | None) -> Iterator[str]:
         f"silence meta l4proto {{ tcp, udp }} {ip} daddr {relay} th dport {SILENT} "
         f"counter name {NO_LOCAL} drop"
     )
-    # A chain of two rules, for Linux 7.2 takes no `!= @set` where the set has intervals.
-    yield f"strangers{suffix} {key} . {ip} saddr @allowed{suffix} return"
-    yield f"strangers{suffix} counter name {SOURCE_RANGE} drop"
     is_pod, is_other = _matches(ip, pods)
     classes = {
         "arriving": [*([(is_pod, "pod")] if is_pod else []), (is_other, "external")],
@@ -175,7 +169,10 @@ def _rules(family: Family, pods: PodMatch | None) -> Iterator[str]:
     for side, matches in classes.items():
         first = 'iifname != "lo" ' if side == "arriving" else ""
         first += "meta l4proto { tcp, udp } "
-        yield f"judge_{side} {first}ct state new {key} @ranged{suffix} jump strangers{suffix}"
+        yield (
+            f"judge_{side} {first}ct state new {key} @ranged{suffix} "
+            f"{key} . {ip} saddr != @allowed{suffix} counter name {SOURCE_RANGE} drop"
+        )
         for match, name in matches:
             yield f"lead_{side} {first}{match}dnat {ip} to {target} : {key} map @{name}{suffix}"
 
