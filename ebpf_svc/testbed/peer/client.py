@@ -6,6 +6,7 @@ import errno
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from ebpf_svc.testbed.peer.server import MAX_DATAGRAM_BYTES, plain
@@ -51,6 +52,13 @@ class Channel:
             self._socket.connect(self._address)
 
     def close(self) -> None:
+        if self._stream and self._target.get("source_port"):
+            # Somebody may want the port for the same server at once. The kernel gives it while the
+            # connection is in TIME_WAIT, but not as long as the other end has not closed, too.
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+                while self._socket.recv(65_536):
+                    pass
         self._socket.close()
 
     def exchange(self) -> dict[str, Any]:
