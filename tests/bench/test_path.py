@@ -49,7 +49,7 @@ if sys.argv[1:] == ["--version"]:
     sys.exit(print("Kubernetes v1.36.0"))
 told = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
 settings = {{
-    "node_name": told["hostname-override"], "cluster_cidrs": [told["cluster-cidr"]],
+    "node_name": told["hostname-override"], "cluster_cidrs": told["cluster-cidr"].split(","),
     "kubernetes": {{"master": told["master"]}},
     "run_dir": "{folder}/run", "state_dir": "{folder}/state",
 }}
