@@ -91,9 +91,16 @@ def elements(
                 found[Element(name + suffix, key)] = str(SILENT)
         if frontend.source_ranges is not None:
             found[Element("ranged" + suffix, key)] = ""
+            address, port, protocol = frontend.key
             for prefix in _collapsed(frontend.source_ranges):
-                found[Element("allowed" + suffix, f"{key} . {prefix}")] = ""
+                element = Element(_allowed(protocol, family), f"{address} . {port} . {prefix}")
+                found[element] = ""
     return found
+
+
+def _allowed(protocol: Protocol, family: Family) -> str:
+    """The set of sources let in; Linux 7.2 takes no protocol into a key with intervals."""
+    return f"allowed_{protocol.value.lower()}{family.value}"
 
 
 def frontend_text(frontend: Frontend) -> str:
@@ -147,7 +154,9 @@ def containers(families: Iterable[Family]) -> dict[str, str]:
         for name in CLASSES.values():
             found[name + suffix] = f"map type {key} : inet_service;"
         found["ranged" + suffix] = f"set type {key};"
-        found["allowed" + suffix] = f"set type {key} . {_TYPE[family]}; flags interval;"
+        ends = f"{_TYPE[family]} . inet_service . {_TYPE[family]}"
+        for protocol in PROTOCOLS:
+            found[_allowed(protocol, family)] = f"set type {ends}; flags interval;"
     return found
 
 
@@ -168,13 +177,17 @@ def _rules(family: Family, pods: PodMatch | None) -> Iterator[str]:
     target = relay if family is Family.V4 else f"[{relay}]"
     for side, matches in classes.items():
         first = 'iifname != "lo" ' if side == "arriving" else ""
-        first += "meta l4proto { tcp, udp } "
-        yield (
-            f"judge_{side} {first}ct state new {key} @ranged{suffix} "
-            f"{key} . {ip} saddr != @allowed{suffix} counter name {SOURCE_RANGE} drop"
-        )
+        for protocol in PROTOCOLS:
+            yield (
+                f"judge_{side} {first}meta l4proto {protocol.value.lower()} ct state new "
+                f"{key} @ranged{suffix} {ip} daddr . th dport . {ip} saddr "
+                f"!= @{_allowed(protocol, family)} counter name {SOURCE_RANGE} drop"
+            )
         for match, name in matches:
-            yield f"lead_{side} {first}{match}dnat {ip} to {target} : {key} map @{name}{suffix}"
+            yield (
+                f"lead_{side} {first}meta l4proto {{ tcp, udp }} {match}"
+                f"dnat {ip} to {target} : {key} map @{name}{suffix}"
+            )
 
 
 def _matches(ip: str, pods: PodMatch | None) -> tuple[str, str]:

@@ -25,10 +25,10 @@ table inet ebpf-svc-userspace {
 		elements = { fd00::1 . 6 . 80 : 3001 }
 	}
 
-	set allowed4 {
-		type ipv4_addr . inet_proto . inet_service . ipv4_addr
+	set allowed_tcp4 {
+		type ipv4_addr . inet_service . ipv4_addr
 		flags interval
-		elements = { 10.0.0.1 . 6 . 80 . 10.0.0.0/8 }
+		elements = { 10.0.0.1 . 80 . 10.0.0.0/8 }
 	}
 
 	chain lead_own {
@@ -69,9 +69,9 @@ def test_source_ranges_do_not_overlap_in_the_set() -> None:
     ranges = ["10.0.0.0/8", "10.3.0.0/16", "192.0.2.7/32"]
     frontend = make_frontend(kind=FrontendKind.LOAD_BALANCER, source_ranges=ranges)
     found = elements(make_plan("web", frontend), {"cluster": 3000})
-    assert [each.key for each in found if each.container == "allowed4"] == [
-        "10.96.0.1 . 6 . 80 . 10.0.0.0/8",
-        "10.96.0.1 . 6 . 80 . 192.0.2.7",
+    assert [each.key for each in found if each.container == "allowed_tcp4"] == [
+        "10.96.0.1 . 80 . 10.0.0.0/8",
+        "10.96.0.1 . 80 . 192.0.2.7",
     ]
     assert Element("ranged4", "10.96.0.1 . 6 . 80") in found
 
@@ -83,7 +83,7 @@ def test_listing_is_split_into_rules_and_elements() -> None:
         Element("pod4", "10.0.0.1 . 17 . 53"): "1",
         Element("pod4", "10.0.0.1 . 6 . 80"): "3000",
         Element("pod6", "fd00::1 . 6 . 80"): "3001",
-        Element("allowed4", "10.0.0.1 . 6 . 80 . 10.0.0.0/8"): "",
+        Element("allowed_tcp4", "10.0.0.1 . 80 . 10.0.0.0/8"): "",
     }
     assert "elements" not in around
     assert "chain lead_own" in around
