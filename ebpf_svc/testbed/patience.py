@@ -1,6 +1,7 @@
 """How much slower than a real machine this one is: what the testbed waits for may take that longer.
 
-An emulated machine sets EBPF_SVC_PATIENCE. What a test measures or lets pass is not stretched.
+An emulated machine sets EBPF_SVC_PATIENCE. Silence is not stretched: what must not come is awaited
+no longer.
 """
 
 import os

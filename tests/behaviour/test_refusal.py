@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ebpf_svc.testbed.patience import PATIENCE
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Endpoint
 from tests.lib.probing import (
@@ -22,12 +23,14 @@ from tests.lib.probing import (
 )
 from tests.lib.world import World
 
+AT_ONCE_MS = 100 * PATIENCE
+"""Far below the second after which TCP would try again (P2)."""
 DROP_S = 0.4
 """Long enough to tell silence from an answer that takes its time."""
 
 
 def _refused_at_once(row: Row) -> bool:
-    return row.refused and all(one.latency_ms < 100 for one in row.answers)
+    return row.refused and all(one.latency_ms < AT_ONCE_MS for one in row.answers)
 
 
 def _dropped(row: Row) -> bool:
