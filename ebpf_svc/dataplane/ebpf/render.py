@@ -110,7 +110,7 @@ class Renderer:
             record = Record(taken.service(), None, array("I"))  # nothing is taken if this raises
         try:
             change = Change(plan, Record(record.service, plan, array("I"), retired=record.retired))
-            self._render_backends(change, record, taken)
+            linking = self._render_backends(change, record, taken)
             self._render_lists(change, record, taken)
             self._render_frontends(change, keys, taken)
         except (DataplaneError, ValueError) as error:
@@ -120,6 +120,8 @@ class Renderer:
             if isinstance(error, DataplaneError):
                 raise
             raise DataplaneError(str(error)) from error
+        # Last: plans to come find it in their chains, so nothing may fail behind it.
+        self._link(change, *linking)
         if old_keys is not keys:
             still = set(keys)
             change.frontend_drops = [key for key in old_keys if key not in still]
@@ -142,7 +144,10 @@ class Renderer:
     def _same_frontends(self, record: Record, plan: ServicePlan) -> bool:
         return record.plan is not None and record.plan.frontends == plan.frontends
 
-    def _render_backends(self, change: Change, record: Record, taken: _Taken) -> None:
+    def _render_backends(
+        self, change: Change, record: Record, taken: _Taken
+    ) -> tuple[Sequence[int], Sequence[bytes], Sequence[int]]:
+        """Give each backend an id; returns positions to be linked, and all ats and flags."""
         backends, service = change.plan.backends, record.service
         protocol = change.plan.key.port_name.protocol.number
         ats = self._codec.ats(backends, protocol)
@@ -155,8 +160,7 @@ class Renderer:
             if ids[i] == NO_BACKEND:
                 (ids[i],) = taken.backends(1)
         change.record.backend_ids = ids
-        if missing:
-            self._link(change, missing, ats, flags)
+        return missing, ats, flags
 
     def _known_backends(
         self, change: Change, record: Record, ats: Sequence[bytes], flags: Sequence[int]
@@ -188,6 +192,8 @@ class Renderer:
         self, change: Change, missing: Sequence[int], ats: Sequence[bytes], flags: Sequence[int]
     ) -> None:
         """Put backends at the heads of their chains, or at the ends of long ones."""
+        if not missing:
+            return
         service = change.record.service
         new_ats = [ats[i] for i in missing]
         new_ids = array("I", [change.record.backend_ids[i] for i in missing])

@@ -340,6 +340,22 @@ def test_too_many_backends_fail_one_plan_and_take_nothing() -> None:
     assert len(state_of(agent).backends) == len(state_of(agent).services) == 1
 
 
+def test_plan_that_fails_leaves_nothing_in_the_chains_of_its_endpoints() -> None:
+    """The id it gave back may be another's by now: the next service must not lead there."""
+    tables = memory_tables(slots=128)
+    agent = forwarding(tables)
+    node_port = make_frontend("192.168.0.11", 30080, kind=FrontendKind.NODE_PORT)
+    wide = make_plan("a-wide", node_port, backends=["10.1.0.1", "10.1.0.2"])
+    plans = [
+        make_plan(f"web{i}", make_frontend(f"10.96.0.{i}"), backends=[f"10.1.0.{i}"])
+        for i in (1, 2)
+    ]
+    report = agent.apply(make_desired(wide, *plans))
+    assert [error.service for error in report.failed] == [str(wide.key)]
+    for i, plan in zip((1, 2), plans, strict=True):
+        assert chain_of(tables, agent, f"10.1.0.{i}") == ids_of(agent, plan)[1]
+
+
 def test_vips_of_one_service_filter_by_their_own_source_ranges() -> None:
     """Each VIP lets itself in (P10), so two VIPs of a service have two sets."""
     tables = memory_tables()
