@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Datagrams taken from one socket before others get their turn."""
+ANSWERS_S = 1.0
+"""How long a backend that is gone may answer what it was asked before."""
 AVOIDED_S = 1.0
 """How long new flows avoid a backend that has refused one."""
 DATAGRAM_BYTES = 1 << 16
@@ -44,6 +46,7 @@ class Flow:
             self.upstream.close()
             raise
         relay = clients.relay
+        relay.datagrams[self] = None
         self.touch()
         # Of a datagram nobody tells where it was sent to; but no two sockets share a port here.
         self._own = relay.claim(self.upstream, DATAGRAM)
@@ -53,8 +56,8 @@ class Flow:
         """A datagram passes: of all flows this one is used last."""
         relay = self._clients.relay
         self.used = relay.loop.time()
-        relay.datagrams[self] = None
-        relay.datagrams.move_to_end(self)
+        if self in relay.datagrams:
+            relay.datagrams.move_to_end(self)
 
     def end(self) -> None:
         """Forget the client."""
@@ -91,6 +94,8 @@ class Clients:
     def __init__(self, relay: Relay, door: Door, listener: socket.socket) -> None:
         self.relay, self.door, self._listener = relay, door, listener
         self.flows: dict[tuple[Any, ...], Flow] = {}
+        self._leaving: set[Flow] = set()
+        """Their backend is gone; what it was asked before it may still answer."""
         self._refusing: dict[Backend, float] = {}
         """Backends that refused, and when."""
         relay.loop.add_reader(listener.fileno(), self._readable)
@@ -187,10 +192,18 @@ class Clients:
             flow.close()
 
     def retain(self, backends: frozenset[tuple[str, int]]) -> None:
-        """End the flows to backends that are gone; draining ones are not (C5)."""
+        """End the flows to backends that are gone, behind their answers; draining stay (C5, C7)."""
         for flow in list(self.flows.values()):
             if (flow.backend.address, flow.backend.port) not in backends:
-                self.end(flow)
+                del self.flows[flow.client], self.relay.datagrams[flow]
+                self._leaving.add(flow)
+                self.relay.loop.call_later(ANSWERS_S, self._left, flow)
+
+    def _left(self, flow: Flow) -> None:
+        if flow in self._leaving:
+            self._leaving.remove(flow)
+            self.relay.fds -= 1
+            flow.close()
 
     def close(self) -> None:
         """Stop listening and forget every client."""
@@ -198,3 +211,5 @@ class Clients:
         self._listener.close()
         for flow in list(self.flows.values()):
             self.end(flow)
+        for flow in list(self._leaving):
+            self._left(flow)

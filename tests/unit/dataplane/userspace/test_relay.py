@@ -291,6 +291,22 @@ def test_datagram_flow_moves_when_its_backend_goes(site: Site) -> None:
     assert ask() == b"new"
 
 
+def test_backend_that_goes_answers_what_it_was_asked(site: Site) -> None:
+    """Its answer is on its way when the plan changes: the client gets it, and no other (C7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as old:
+        old.bind(("127.0.0.1", 0))
+        old.settimeout(5)
+        client = site.datagrams(site.serve(plan_of(old.getsockname()[1], protocol=Protocol.UDP)))
+        client.send(b"?")
+        _, asker = old.recvfrom(10)
+        site.serve(plan_of(site.echo_datagrams(b"new"), protocol=Protocol.UDP))
+        old.sendto(b"old", asker)
+        assert client.recv(10) == b"old"
+        client.send(b"")
+        assert client.recv(10) == b"new"
+    eventually(lambda: site.relay.fds, until=(0).__eq__)
+
+
 def test_refused_datagram_goes_elsewhere(site: Site) -> None:
     """What a backend refuses ends its flow; the client's next datagram finds another."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
