@@ -7,7 +7,6 @@ sweeper and whoever reads take turns.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +17,13 @@ from ebpf_svc.config import EbpfSettings, Settings, SocketLB
 from ebpf_svc.dataplane.base import ApplyReport, Check, Support
 from ebpf_svc.dataplane.ebpf import (
     compiler,
-    constants,
     hooks,
     inventory,
     loopback,
     options,
     readback,
     tables,
+    told,
     xdp,
 )
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
@@ -48,7 +47,7 @@ from ebpf_svc.dataplane.inspect import (
     Traffic,
 )
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
-from ebpf_svc.host import netns, nft
+from ebpf_svc.host import nft
 from ebpf_svc.host.nft import MasqueradeRules
 from ebpf_svc.log import get_logger
 from ebpf_svc.model.desired import DesiredState, FrontendKey, FrontendView, PlanKey
@@ -95,7 +94,9 @@ class EbpfDataplane:
 
         settings = self._settings.ebpf
         is_compiled = compiler.is_cached(
-            self._settings.families, settings.cache_dir, extra_defines=self._defines()
+            self._settings.families,
+            settings.cache_dir,
+            extra_defines=told.defines(self._settings, self._mark),
         )
         return Support(
             self.name,
@@ -134,7 +135,7 @@ class EbpfDataplane:
         with ExitStack() as undo:
             opened = Tables.open(settings, artifacts)
             undo.callback(opened.close)
-            self._write_run_settings(opened)
+            told.write(opened, self._settings.ebpf)
             forwarding = Forwarding(opened, settings)
             forwarding.adopt()
             steps.done("maps")
@@ -193,7 +194,7 @@ class EbpfDataplane:
         try:
             with self._lock:
                 report = running.forwarding.apply(desired, resync=resync)
-                if resync and self._write_run_settings(running.tables):
+                if resync and told.write(running.tables, self._settings.ebpf):
                     report = replace(
                         report,
                         writes=report.writes + 1,
@@ -362,45 +363,8 @@ class EbpfDataplane:
         return compiler.obtain(
             self._settings.families,
             self._settings.ebpf.cache_dir,
-            extra_defines=self._defines(),
+            extra_defines=told.defines(self._settings, self._mark),
         )
-
-    def _defines(self) -> dict[Family, dict[str, str]]:
-        """What is compiled in for this node."""
-        settings = self._settings.ebpf
-        fast_path = options.uses_fast_path(settings)
-        if settings.fast_path and not fast_path:
-            log.warning("fast-path.ignored", reason=options.why_no_fast_path(settings))
-        return {
-            family: constants.node_defines(
-                family,
-                cluster_cidrs=self._settings.cluster_cidrs,
-                translate_pods=options.hooks_see_pods(settings),
-                kernel=options.kernel(),
-                masquerade_mark=self._mark,
-                fast_path=fast_path,
-                xdp=settings.xdp,
-                host_packets=options.translates_host_packets(settings),
-            )
-            for family in self._settings.families
-        }
-
-    def _write_run_settings(self, opened: Tables) -> bool:
-        """Tell the programs which network namespace is the node's; whether they were told wrong."""
-        settings = self._settings.ebpf
-        uses_hooks = settings.socket_lb is not SocketLB.OFF
-        host_netns = netns.cookie(hooks.cgroup_of(settings)) if uses_hooks else 0
-        seed = hashlib.blake2b(self._settings.ebpf.maglev_seed.encode(), digest_size=4).digest()
-        table = opened.settings
-        key = table.key.pack(value=0)
-        value = table.value.pack(
-            host_netns=host_netns,
-            hash_seed=int.from_bytes(seed, "little"),
-        )
-        if table.lookup(key) == value:
-            return False
-        table.update([(key, value)])
-        return True
 
     @contextmanager
     def _looking(self) -> Iterator[list[tuple[Tables, Codec, Family]]]:
