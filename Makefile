@@ -20,6 +20,7 @@ KUBERNETES ?= /var/lib/ebpf-svc-kubernetes
 K ?=
 ARGS ?=
 JSON ?=
+slowest := --durations=25 --durations-min=5
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
 .PHONY: help bootstrap demo test $(rings) image vm real behaviours behaviour-page benchmarks bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
@@ -72,7 +73,13 @@ packet: need-root bootstrap ## one program at a time through the kernel (root)
 	@$(pytest) tests/packet $(choose)
 
 behaviour: need-root bootstrap ## whole agents in a cluster of network namespaces (root)
-	@$(pytest) tests/behaviour --durations=25 --durations-min=5 $(if $(strip $(choose)),$(choose),--results test-logs/results/behaviour.json)
+ifneq ($(strip $(choose)),)
+	@$(pytest) tests/behaviour $(choose)
+else
+	@$(pytest) tests/behaviour $(slowest) --results test-logs/results/behaviour.json || { \
+		echo "== what failed, once more and alone"; \
+		$(pytest) tests/behaviour --last-failed --last-failed-no-failures none; }
+endif
 
 vm: need-root bootstrap ## programs, packets and a behaviour a promise on other kernels, emulated (root, qemu)
 	@dpkg-query -W $(emulator) >/dev/null 2>&1 || { apt-get update -qq && \
