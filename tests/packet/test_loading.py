@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ebpf_svc.bench.counts import counted_calls
 from ebpf_svc.config import EbpfSettings
 from ebpf_svc.dataplane.ebpf import compiler, source, tables
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
@@ -101,16 +101,12 @@ def _map_id(path: Path) -> int:
 
 @pytest.mark.compiles
 def test_second_start_compiles_nothing(tmp_path, monkeypatch):
-    """A restart needs neither bcc nor headers nor LLVM, and takes milliseconds."""
+    """A restart needs neither bcc nor headers nor LLVM."""
     unit = _tiny_unit("return 0;")
     first = compiler.obtain(list(Family), tmp_path, text=unit)
     monkeypatch.setattr(toolchain, "find_headers", lambda: pytest.fail("it compiled"))
 
-    begun = time.perf_counter()
-    second = compiler.obtain(list(Family), tmp_path, text=unit)
-
-    assert second == first
-    assert time.perf_counter() - begun < 0.03
+    assert compiler.obtain(list(Family), tmp_path, text=unit) == first
 
 
 @pytest.mark.compiles
@@ -446,8 +442,8 @@ def test_writing_beyond_an_array_is_an_error(opened, first):
         opened.slots.write(first, bytes(8))
 
 
-def test_a_million_entries_read_in_a_second(compiled, settings):
-    """Sweeping all flows must not take an agent's CPU for long: batches, not single look-ups."""
+def test_a_million_entries_are_read_in_batches(compiled, settings):
+    """Sweeping all flows must not take an agent long: a call of bpf(2) reads thousands."""
     large = settings.model_copy(update={"flow_entries": 1 << 20})
     open_tables = Tables.open(large, {Family.V4: compiled[Family.V4]})
     flows = open_tables.family[Family.V4].flows
@@ -456,10 +452,9 @@ def test_a_million_entries_read_in_a_second(compiled, settings):
     tail = bytes(flows.key.size - 4)
     flows.update([(struct.pack("=I", i) + tail, value) for i in range(count)])
 
-    begun = time.perf_counter()
-    found = sum(1 for _ in flows.items())
-    took_s = time.perf_counter() - begun
+    with counted_calls() as calls:
+        found = sum(1 for _ in flows.items())
 
     open_tables.close()
     assert found > count * 95 // 100  # an LRU may evict a few before it is full
-    assert took_s < 2.0
+    assert calls.total() < count / 1000
