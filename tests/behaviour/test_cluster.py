@@ -135,6 +135,7 @@ def test_traffic_goes_on_without_the_api_server(site: Site, agent: Agent) -> Non
         site.reaches(web, "web2")
         site.reaches(other, "web2")
         assert held.ping().server == "web1"
+        eventually(lambda: "web2" in running.read().servers)
         served = running.stop()
     assert (served.failed, set(served.servers)) == (0, {"web1", "web2"})
 
