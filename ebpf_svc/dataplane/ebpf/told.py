@@ -33,7 +33,7 @@ def defines(settings: Settings, mark: int) -> dict[Family, dict[str, str]]:
             kernel=options.kernel(),
             masquerade_mark=mark,
             fast_path=fast_path,
-            xdp=ebpf.xdp,
+            xdp=settings.ebpf.xdp,
             host_packets=options.translates_host_packets(ebpf),
         )
         for family in settings.families
