@@ -16,7 +16,6 @@
 static __always_inline int host_send(struct __sk_buff *skb, const struct packet *pkt,
 				     const struct flow_value *flow)
 {
-	struct bpf_redir_neigh next = { .nh_family = FIB_FAMILY };
 	bool snat = flow->flags & FLOW_SNAT;
 	struct rewrite to = {
 		.src = snat ? flow->nat : pkt->src,
@@ -39,13 +38,11 @@ static __always_inline int host_send(struct __sk_buff *skb, const struct packet 
 	if ((found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH) ||
 	    pkt->fragment != FRAGMENT_NONE)
 		return take_in(skb, pkt->l3, LOOPBACK_INDEX, &(struct ends){});
-#if IP_FAMILY == 4
-	next.ipv4_nh = route.fib.ipv4_dst;
-#else
-	__builtin_memcpy(next.ipv6_nh, route.fib.ipv6_dst, sizeof(next.ipv6_nh));
-#endif
 	skb->tc_index = TRANSLATED;
-	return redirect_neigh(route.fib.ifindex, &next, sizeof(next), 0);
+	/* Routed anew, by its own addresses: the route it carries is the frontend's,
+	 * and by that one the kernel sends a packet that had to wait for a neighbour.
+	 */
+	return redirect_neigh(route.fib.ifindex, NULL, 0, 0);
 }
 
 /* A packet that leaves; NEXT when it is no request of a process of the node. */
@@ -58,7 +55,8 @@ static __always_inline int host_request(struct __sk_buff *skb, __u32 l3)
 	struct flow_value *flow;
 	int verdict;
 
-	if (skb->ingress_ifindex || skb->tc_index == TRANSLATED || parse(skb, l3, &pkt) != NEXT || !is_transport(&pkt))
+	if (skb->ingress_ifindex || skb->tc_index == TRANSLATED ||
+	    parse(skb, l3, &pkt) != NEXT || !is_transport(&pkt))
 		return NEXT;
 	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
 		return NEXT;

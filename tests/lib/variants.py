@@ -41,8 +41,8 @@ VARIANTS = {
         Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, modules=MATRIX),
         # And go past the stack, or stay in the NIC's driver, where they can.
         Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
-        # And host processes' packets where they leave. Open: in a new cluster their first packets
-        # are lost for up to a second, now and then (docs/decisions/0015).
+        # And host processes' packets where they leave. Open: in a new cluster single IPv6
+        # requests from outside are late, now and then (docs/decisions/0015).
         Variant(*("ebpf-no-sockets", "ebpf"), {"socket_lb": SocketLB.OFF}, modules=NONE),
         Variant("nftables", "nftables"),
         Variant("ipvs", "ipvs"),
