@@ -261,12 +261,19 @@ static __always_inline bool free_client_port(struct reverse_key *ends, struct fl
  */
 #define NAT_TRIES 8
 
-/* Have the backend see the client as `client` and one of those ports. */
-static __always_inline bool take_nat_port(struct flow_value *flow, const struct flow_key *key,
-					  const struct addr *client, struct reverse_key *ends,
-					  __u32 now)
+static __always_inline bool flow_key_equal(const struct flow_key *a, const struct flow_key *b)
 {
-	__u32 first = bpf_get_prandom_u32();
+	return a->client_port == b->client_port && a->service == b->service &&
+	       a->proto == b->proto && a->second == b->second && addr_equal(&a->client, &b->client);
+}
+
+/* Have the backend see the client as `client` and one of those ports, the `first`th
+ * if it is free; or held by this very flow, which another CPU has just opened.
+ */
+static __always_inline bool take_nat_port(struct flow_value *flow, const struct flow_key *key,
+					  const struct addr *client, __u32 first,
+					  struct reverse_key *ends, __u32 now)
+{
 	int i;
 
 	ends->client = *client;
@@ -276,7 +283,8 @@ static __always_inline bool take_nat_port(struct flow_value *flow, const struct 
 
 		ends->port = bpf_htons(NAT_PORT_FIRST + (first + i) % NAT_PORT_COUNT);
 		held = flow_at_reverse(ends, &holder);
-		if (held && !flow_ended(held, ends->backend.proto, now))
+		if (held && !flow_ended(held, ends->backend.proto, now) &&
+		    !flow_key_equal(holder, key))
 			continue;
 		if (reverse.update(ends, (struct flow_key *)key))
 			return false;

@@ -111,7 +111,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	 */
 	if (other && other->backend_id == id && id != NO_BACKEND && !frontend->affinity_s &&
 	    !flow_ended(other, pkt->proto, now)) {
-		__u32 beside = choose_beside(&list, id);
+		__u32 beside = choose_beside(&list, pkt, id);
 
 		if (beside != NO_BACKEND)
 			id = beside;
@@ -179,7 +179,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	} else if (FAST_PATH) {
 		as = open_fast(skb, pkt, flow);
 	}
-	if (as && take_nat_port(flow, key, as, ends, now)) {
+	if (as && take_nat_port(flow, key, as, client_hash(pkt, false), ends, now)) {
 		use_nat_port(flow, pkt);
 		crowded = false;
 	} else if (clash) {

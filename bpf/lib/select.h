@@ -48,9 +48,11 @@ static __always_inline __u32 mix(__u32 hash, __u32 word)
 	return hash * 5 + 0xe6546b64;
 }
 
-/* The same on every node: client and service port, not the address of the
- * service, so a NodePort leads to the same backend through any node. With
- * affinity the client's port stays out, so a client stays with its backend
+/* Not a random number: two packets of one client that open a flow on two CPUs at
+ * once, as A and AAAA questions do, must both go where the flow that stays goes.
+ * The same on every node: client and service port, not the address of the
+ * service, so a NodePort leads to the same backend through any node. Sticky: the
+ * client's port stays out, so a client of a Maglev table stays with its backend
  * even where nobody remembers it.
  */
 static __always_inline __u32 client_hash(const struct packet *pkt, bool sticky)
@@ -121,9 +123,8 @@ static __always_inline __u32 choose(const struct frontend_value *frontend,
 		id = affinity_recall(&client, list->member, frontend->affinity_s, now_s);
 	}
 	if (id == NO_BACKEND)
-		id = backend_at(list, frontend->flags & FRONTEND_MAGLEV ?
-				      client_hash(pkt, frontend->affinity_s) :
-				      bpf_get_prandom_u32());
+		id = backend_at(list, client_hash(pkt, frontend->affinity_s &&
+					       (frontend->flags & FRONTEND_MAGLEV)));
 	if (frontend->affinity_s && id != NO_BACKEND)
 		affinity_renew(&client, id, now_s);
 	return id;
@@ -135,20 +136,22 @@ static __always_inline __u32 choose(const struct frontend_value *frontend,
  * flow to another address of the service: the backend could not tell the two
  * apart. NO_BACKEND when there is none.
  */
-static __always_inline __u32 choose_beside(const struct list *list, __u32 id)
+static __always_inline __u32 choose_beside(const struct list *list, const struct packet *pkt,
+					   __u32 id)
 {
-	__u32 fraction = bpf_get_prandom_u32(), step;
+	__u32 fraction = client_hash(pkt, false), step;
 	int i;
 
 	if (!list->count)
 		return NO_BACKEND;
 	step = 0xffffffff / list->count + 1;
 	for (i = 0; i < BESIDE_TRIES; i++) {
-		__u32 other = backend_at(list, fraction);
+		__u32 other;
 
+		fraction += step;
+		other = backend_at(list, fraction);
 		if (other != id)
 			return other;
-		fraction += step;
 	}
 	return NO_BACKEND;
 }

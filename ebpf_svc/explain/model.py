@@ -66,7 +66,7 @@ class Memory:
     """The backend of the flow its port has."""
     affinity: End | None = None
     maglev: End | None = None
-    """The backend the Maglev table gives it; None where a random number chooses."""
+    """The backend the Maglev table gives it; None where there is no table."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def _chosen(told: Explanation) -> str:
         ChosenBy.AFFINITY: f"affinity decides: {where}.",
         ChosenBy.ONLY: f"there is one: {where}.",
         ChosenBy.MAGLEV: f"the client's hash decides, the same on every node: {where}.",
-        ChosenBy.RANDOM: f"a random number decides among {count}{tried}.",
+        ChosenBy.RANDOM: f"chance decides among {count}{tried}.",
         ChosenBy.NOTHING: "",
     }[prediction.by]
 

@@ -210,6 +210,18 @@ def test_requests_spread_evenly_over_the_backends(world: World) -> None:
     assert all(abs(n - share) < 5 * sigma for n in count.values()), count
 
 
+def test_packets_that_open_one_flow_agree_on_the_backend(world: World) -> None:
+    """Two questions of one socket may find no flow, each on its CPU: whichever flow stays, it is
+    the other's, too.
+    """
+    vip, ports = (world.net.vip, 53), range(20_000, 20_200)
+    world.service(*vip, Protocol.UDP, backends=[(world.net.a, port) for port in range(8000, 8008)])
+    request = world.udp((world.net.pod, 0), vip)
+    first = world.choices("pod_ingress", request, ports)
+    world.hash("flows").clear()
+    assert world.choices("pod_ingress", request, ports) == first
+
+
 def test_header_beyond_the_packet_is_left_to_the_stack(world: World) -> None:
     """A segment cut within its own header is passed as it is, never written to."""
     net = world.net

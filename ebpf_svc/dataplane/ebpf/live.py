@@ -133,7 +133,7 @@ class Live:
             client: its port counts only without affinity.
 
         Returns:
-            None where a random number chooses, or the list is empty.
+            None without such a table, or when the list is empty.
         """
         first, count = slots
         if not value.flags & FrontendFlag.MAGLEV or not count:
