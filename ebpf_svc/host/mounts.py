@@ -9,6 +9,8 @@ from pathlib import Path
 
 SOURCE = "ebpf-svc"
 """What our mounts call their source, so that cleanup knows them without any state."""
+_MARK = "ebpf-svc-mounted"
+"""A symbolic link that says the same: Linux before 5.17 forgets the source of a BPF file system."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,16 +69,24 @@ def ensure_bpffs(path: Path) -> bool:
         return False
     path.mkdir(parents=True, exist_ok=True)
     _call("mount", SOURCE.encode(), os.fsencode(path), b"bpf", 0, b"mode=0700", path=path)
+    mount = mount_at(path)
+    if mount is not None and mount.source != SOURCE:
+        (path / _MARK).symlink_to(SOURCE)
     return True
 
 
 def release_bpffs(path: Path) -> bool:
     """Unmount what `ensure_bpffs` mounted, once nothing of anybody is pinned there."""
     mount = mount_at(path)
-    if mount is None or mount.kind != "bpf" or mount.source != SOURCE:
+    if mount is None or mount.kind != "bpf":
         return False
-    if any(entry.is_dir() or not entry.name.endswith(".debug") for entry in path.iterdir()):
+    mark = path / _MARK
+    if mount.source != SOURCE and not mark.is_symlink():
         return False
+    others = (entry for entry in path.iterdir() if entry != mark)
+    if any(entry.is_dir() or not entry.name.endswith(".debug") for entry in others):
+        return False
+    mark.unlink(missing_ok=True)
     _call("umount2", os.fsencode(path), 0, path=path)
     return True
 
