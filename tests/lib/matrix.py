@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ import pytest
 WORST_FIRST = ("failed", "xfailed", "skipped", "passed")
 PROGRAM = "program "
 """Properties of a test of this name tell the size of an eBPF program."""
+PROVED, SIZES = "proved", "sizes"
+"""Properties of a report: its `Record`, and the sizes of programs by parameters of the test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,48 +65,59 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write the outcomes to this file, as JSON")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note on the report what it proved: the report may go to another process (pytest-xdist)."""
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or (report.when != "call" and report.passed):
+        return report
+    sizes = {
+        name.removeprefix(PROGRAM): value
+        for name, value in report.user_properties
+        if name.startswith(PROGRAM)
+    }
+    if sizes:
+        report.user_properties.append((SIZES, {callspec.id: sizes}))
+    variant = callspec.params.get("variant")
+    if variant is not None and isinstance(item, pytest.Function):
+        record = Record(
+            test=f"{item.path.stem}::{item.originalname}",
+            promise=(item.obj.__doc__ or item.originalname).strip(),
+            variant=str(variant),
+            outcome="xfailed" if hasattr(report, "wasxfail") else report.outcome,
+            reason=_reason(report),
+        )
+        report.user_properties.append((PROVED, asdict(record)))
+    return report
+
+
 class Recorder:
-    """Collects outcomes while the tests run."""
+    """Collects what reports say was proved."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._promises: dict[str, str] = {}
-        self._outcomes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        self._records: dict[tuple[str, str], Record] = {}
         self._programs: dict[str, Any] = {}
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Note the outcome of a test under its function and variant."""
-        report = yield
-        callspec = getattr(item, "callspec", None)
-        if report.when != "call" and report.passed:
-            return report
-        sizes = {
-            name.removeprefix(PROGRAM): value
-            for name, value in report.user_properties
-            if name.startswith(PROGRAM)
-        }
-        if sizes and callspec:
-            self._programs[callspec.id] = sizes
-        variant = callspec.params.get("variant") if callspec else None
-        if variant is None or not isinstance(item, pytest.Function):
-            return report
-        name = f"{item.path.stem}::{item.originalname}"
-        self._promises[name] = (item.obj.__doc__ or item.originalname).strip()
-        outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-        self._outcomes[name, str(variant)].setdefault(outcome, _reason(report))
-        return report
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of a test function and variant keep the worst outcome, the first of it."""
+        properties: list[tuple[str, Any]] = list(report.user_properties)
+        for name, value in properties:
+            if name == SIZES:
+                self._programs.update(value)
+            elif name == PROVED:
+                record = Record(**value)
+                known = self._records.setdefault((record.test, record.variant), record)
+                if WORST_FIRST.index(record.outcome) < WORST_FIRST.index(known.outcome):
+                    self._records[record.test, record.variant] = record
 
     def pytest_runtest_logfinish(self) -> None:
         """Write the file, after each test: a run that is cut short has proved something, too."""
-        results = Results(platform.release(), programs=self._programs)
-        for (name, variant), outcomes in sorted(self._outcomes.items()):
-            worst = next(each for each in WORST_FIRST if each in outcomes)
-            promise = self._promises[name]
-            results.records.append(Record(name, promise, variant, worst, outcomes[worst]))
-        results.write(self._path)
+        records = [record for _, record in sorted(self._records.items())]
+        Results(platform.release(), records, self._programs).write(self._path)
 
 
 def _reason(report: pytest.TestReport) -> str:
@@ -118,7 +130,7 @@ def _reason(report: pytest.TestReport) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect only when asked to."""
+    """Collect only when asked to, and where all reports arrive."""
     path = config.getoption("--results")
-    if path:
+    if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(path), "behaviour-results")
