@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,23 +44,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("variant", names, indirect=True, scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
     kernel = running_kernel()
     for item in items:
         if "behaviour" in item.path.parts:
             item.add_marker(pytest.mark.root)
         if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root (namespaces, BPF): sudo make test"))
-        callspec = getattr(item, "callspec", None)
-        name = callspec.params.get("variant", "") if callspec else ""
+        name = _variant_of(item)
         test = getattr(item, "originalname", item.name)
         mode = VARIANTS[name].mode if name else ""
-        if callspec and callspec.params.get("pod_network", PodNetwork.BRIDGE) != PodNetwork.BRIDGE:
+        if _parameters(item).get("pod_network", PodNetwork.BRIDGE) != PodNetwork.BRIDGE:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "smoke"]
         reason = reason_of(name, mode, test, kernel)
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+    yield
+    # A variant at a time, whatever else its tests are parametrized by: its clusters are made once.
+    order = {name: number for number, name in enumerate(VARIANTS, 1)}
+    items.sort(key=lambda item: order.get(_variant_of(item), 0))
+
+
+def _parameters(item: pytest.Item) -> Mapping[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params if callspec else {}
+
+
+def _variant_of(item: pytest.Item) -> str:
+    return str(_parameters(item).get("variant", ""))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -295,6 +295,7 @@ def test_device_with_the_index_of_a_deleted_one_gets_its_own_programs(node, atta
     eventually(lambda: node.names("eth7"), until=lambda names: names == NODE, within_s=0.5)
 
 
+@pytest.mark.verifies
 def test_replacing_programs_leaves_no_moment_without_them(node, attached):
     """An upgrade swaps every filter and hook in place, under traffic."""
     index, seen, done = node.index("veth1"), [], threading.Event()

@@ -77,12 +77,12 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
             mode = WHOLE_OF[name]
             command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
             made.append(Job(name, f"behaviour-{mode}", command))
+        marks = ("-m", "not compiles" if whole else "not compiles and not verifies")
         if whole or name == names[0]:
-            marks = "not compiles" if whole else "not compiles and not verifies"
-            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", marks)))
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", *marks)))
         else:
             modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
-            made.append(Job(name, "programs", (*PYTEST, *modules)))
+            made.append(Job(name, "programs", (*PYTEST, *modules, *marks)))
         is_end = name in (names[0], names[-1])
         ebpf = EBPF_VARIANTS[:1] if name == names[0] and len(names) > 1 else EBPF_VARIANTS
         turn = BETWEEN[(names.index(name) - 1) % len(BETWEEN)]
