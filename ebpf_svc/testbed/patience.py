@@ -7,3 +7,6 @@ no longer.
 import os
 
 PATIENCE = float(os.environ.get("EBPF_SVC_PATIENCE", "1"))
+
+CROWD = 10_000 if PATIENCE <= 1 else 24
+"""How many requests are made at the same time: a slow machine would only measure its own crowd."""

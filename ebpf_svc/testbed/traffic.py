@@ -18,7 +18,7 @@ from typing import Any
 from ebpf_svc.model.net import Protocol
 from ebpf_svc.testbed.control import PeerError
 from ebpf_svc.testbed.host import Host
-from ebpf_svc.testbed.patience import PATIENCE
+from ebpf_svc.testbed.patience import CROWD, PATIENCE
 
 
 class Outcome(StrEnum):
@@ -143,8 +143,14 @@ def ask(
 def ask_all(probes: Sequence[Probe]) -> list[list[Answer]]:
     """Make many probes at the same time; answers stand in the order of the probes.
 
-    The whole takes as long as the slowest probe, so a table with timeouts in it costs one timeout.
+    The whole takes as long as the slowest probe, so a table with timeouts in it costs one timeout;
+    on an emulated machine it is one for each `CROWD`.
     """
+    crowds = (probes[first : first + CROWD] for first in range(0, len(probes), CROWD))
+    return [answers for crowd in crowds for answers in _ask_crowd(crowd)]
+
+
+def _ask_crowd(probes: Sequence[Probe]) -> list[list[Answer]]:
     by_host: dict[Host, list[int]] = {}
     for position, probe in enumerate(probes):
         by_host.setdefault(probe.host, []).append(position)

@@ -34,7 +34,7 @@ BOOT_S, COUNTING_BOOT_S = 60.0, 300.0
 """A guest that has not begun by then never will; one whose clock counts instructions is slower."""
 POWER_OFF_S = 10.0
 POLL_S = 0.2
-PATIENCE = 6
+PATIENCE = 10
 """How many times longer than a real machine an emulated one may take; tests read it."""
 FUZZ_ROUNDS = 1000
 """The first of the 5,000 of a real machine: one seed gives every kernel the same packets."""
