@@ -20,9 +20,10 @@ from ebpf_svc.host.command import run
 
 TABLE = "inet ebpf-svc"
 CHAIN = "EBPF-SVC-MASQ"
-PORTS = (32768, 60999)
-"""Source ports of masqueraded packets: above every node port, or the answer to one would look like
-a request to that node port (B9), and below those the eBPF fast path gives out itself."""
+PORTS = (1024, 29999)
+"""Source ports of masqueraded packets, apart from all others (docs/decisions/0015): no node port,
+or the answer to one would look like a request to that node port (B9); none that sockets get by
+themselves (32768 to 60999); none that the eBPF programs give out (from 61000)."""
 _ALL = 0xFFFFFFFF
 
 
