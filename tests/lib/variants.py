@@ -27,8 +27,6 @@ class Variant:
         return not self.modules or module in self.modules
 
 
-NONE = frozenset({""})
-"""Of a variant that runs only when asked for."""
 MATRIX = frozenset({"test_affinity", "test_frontends", "test_refusal", "test_source"})
 """Who reaches what, from where and as whom: what depends on where packets are translated."""
 
@@ -41,9 +39,8 @@ VARIANTS = {
         Variant(*("ebpf-host-only", "ebpf"), {"socket_lb": SocketLB.HOST_ONLY}, modules=MATRIX),
         # And go past the stack, or stay in the NIC's driver, where they can.
         Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
-        # And host processes' packets where they leave. Open: in a new cluster single IPv6
-        # requests from outside are late, now and then (docs/decisions/0015).
-        Variant(*("ebpf-no-sockets", "ebpf"), {"socket_lb": SocketLB.OFF}, modules=NONE),
+        # And host processes' packets where they leave.
+        Variant(*("ebpf-no-sockets", "ebpf"), {"socket_lb": SocketLB.OFF}, modules=MATRIX),
         Variant("nftables", "nftables"),
         Variant("ipvs", "ipvs"),
         Variant("iptables", "iptables"),
