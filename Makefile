@@ -21,6 +21,8 @@ K ?=
 ARGS ?=
 JSON ?=
 slowest := --durations=25 --durations-min=5
+# Whole runs: more than a few share too much to gain from another.
+abreast := -n auto --maxprocesses 4
 choose = $(if $(K),-k '$(K)') $(ARGS)
 
 .PHONY: help bootstrap demo test $(rings) image vm real behaviours behaviour-page benchmarks bench-counts bench-path bench-packet bench-apply bench-watch bench-maglev clean need-root
@@ -76,7 +78,7 @@ behaviour: need-root bootstrap ## whole agents in a cluster of network namespace
 ifneq ($(strip $(choose)),)
 	@$(pytest) tests/behaviour $(choose)
 else
-	@$(pytest) tests/behaviour $(slowest) --results test-logs/results/behaviour.json || { \
+	@$(pytest) tests/behaviour $(abreast) $(slowest) --results test-logs/results/behaviour.json || { \
 		echo "== what failed, once more and alone"; \
 		$(pytest) tests/behaviour --last-failed --last-failed-no-failures none; }
 endif

@@ -112,8 +112,10 @@ def dataplane(variant: Variant) -> str:
 @pytest.fixture(scope="session")
 def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compiled programs, shared by every agent of the run: one compile each, or none (vm ring)."""
-    given = os.environ.get("EBPF_SVC_ARTIFACTS")
-    return Path(given) if given else tmp_path_factory.mktemp("cache")
+    if given := os.environ.get("EBPF_SVC_ARTIFACTS"):
+        return Path(given)
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
 
 
 @pytest.fixture(scope="session")
