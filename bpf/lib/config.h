@@ -46,6 +46,7 @@
 	!defined(HOST_PACKETS) || !defined(NO_LINK) || !defined(LINK_TUNNEL) || !defined(FLOW_HOST) || \
 	!defined(FAST_PATH) || !defined(XDP) || !defined(LINK_PEER) || \
 	!defined(LINK_NIC) || \
-	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT)
+	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT) || \
+	!defined(HELD_BYTES) || !defined(HELD_SLOTS) || !defined(FRAGMENT_S)
 #error "settings of this node are missing: compile through ebpf_svc"
 #endif

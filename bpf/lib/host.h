@@ -80,7 +80,7 @@ static __always_inline int host_reply(struct __sk_buff *skb, struct packet *pkt,
 	if (end)
 		tell_ending(skb, flow, &key->client, key->client_port, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
-		fragment_remember(pkt);
+		fragment_call(skb, pkt);
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
 	to.dst = key->client;

@@ -13,6 +13,8 @@ BPF_TABLE("lru_hash", struct flow_key, struct flow_value, flows, 1);
 BPF_TABLE("lru_hash", struct affinity_key, struct affinity_value, affinity, 1);
 BPF_F_TABLE("lpm_trie", struct range_key, __u32, source_ranges, 1, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 1);
+BPF_TABLE("lru_hash", struct held_key, struct held_value, held, 1);
+BPF_TABLE("percpu_array", __u32, struct holding, holding, 1);
 BPF_SK_STORAGE(sockets, struct socket_value);
 BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
 BPF_TABLE("lru_hash", struct reverse_key, struct flow_key, reverse, 1);

@@ -258,7 +258,7 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 	if (end)
 		tell_ending(skb, flow, &pkt->src, key.client_port, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
-		fragment_remember(pkt);
+		fragment_call(skb, pkt);
 	verdict = rewrite(skb, pkt, &to, inverse(all_diffs(flow)), false);
 	if (verdict != NEXT)
 		return verdict;
@@ -328,8 +328,12 @@ static __always_inline int find_or_open(struct __sk_buff *skb, struct packet *pk
 		}
 		tell_opened(skb, pkt, *flow, now);
 	}
-	if (pkt->fragment == FRAGMENT_FIRST)
-		fragment_remember(pkt);
+	if (pkt->fragment == FRAGMENT_FIRST) {
+		if (pkt->leaving)
+			fragment_remember(pkt);
+		else
+			fragment_call(skb, pkt);
+	}
 	return NEXT;
 }
 
@@ -358,8 +362,11 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 	}
 	if (!is_transport(&pkt))
 		return NOT_OURS;
-	if (pkt.fragment == FRAGMENT_LATER && !fragment_recall(&pkt))
-		return NOT_OURS;
+	if (pkt.fragment != FRAGMENT_NONE) {
+		verdict = fragment_in(skb, &pkt);
+		if (verdict != NEXT)
+			return verdict;
+	}
 	to.addr = pkt.dst;
 	to.port = pkt.dport;
 	to.proto = pkt.proto;

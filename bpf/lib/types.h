@@ -135,6 +135,28 @@ struct fragment_key {
 struct fragment_value {
 	__be16 sport;
 	__be16 dport;
+	__u32  seen_s;
+};
+
+/* A later fragment that came before the first one. The pieces of a datagram are in
+ * slots from 0 on.
+ */
+struct held_key {
+	struct fragment_key datagram;
+	__u32 slot;
+};
+
+/* Its copy, from the IP header on. */
+struct held_value {
+	__u32 seen_s;
+	__u32 length_bytes;
+	__u8  packet[HELD_BYTES];
+};
+
+/* One while it is copied: the stack has no room for it. */
+struct holding {
+	struct held_key key;
+	struct held_value value;
 };
 
 /* What the socket hooks rewrote for one socket, so that recvmsg and

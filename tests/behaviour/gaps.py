@@ -10,11 +10,6 @@ _WITH_AGENT = "the agent is the relay: without it nothing serves, as with kube-p
 
 _ENDS_AT_THE_RELAY = "errors beyond the relay are about its socket, as with kube-proxy's (U7)"
 
-_LATER_FRAGMENT_FIRST = (
-    "a fragment that overtakes the first one has no ports yet, and tc can hold no packet back"
-)
-_UNORDERED = "test_datagram_cut_in_pieces_arrives_whole_the_first_piece_last"
-
 _ONE_LIST = "a virtual server has one list of endpoints for all its clients, as kube-proxy's (V8)"
 
 GAPS: dict[tuple[str, str], str] = {
@@ -76,7 +71,6 @@ GAPS: dict[tuple[str, str], str] = {
         "userspace",
         "test_datagram_that_outlives_its_hops_is_reported_to_its_socket",
     ): _ENDS_AT_THE_RELAY,
-    ("ebpf", _UNORDERED): _LATER_FRAGMENT_FIRST,
     ("ebpf-no-sockets", "test_large_datagrams_pass_through_services"): (
         "a node's own IPv6 node port is reached over the loopback device, which cuts nothing into "
         "pieces, and no router may"

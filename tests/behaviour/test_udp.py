@@ -35,6 +35,7 @@ ends = ipaddress.ip_address(source).packed + ipaddress.ip_address(target).packed
 asker = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM)
 asker.bind((source, 0))
 asker.settimeout(float(wait_s))
+ident = asker.getsockname()[1]
 raw = socket.socket(asker.family, socket.SOCK_RAW, socket.IPPROTO_RAW)
 body = b"{}".ljust(3000)
 udp = struct.pack("!HHHH", asker.getsockname()[1], int(port), 8 + len(body), 0) + body
@@ -49,9 +50,9 @@ for start in range(0, len(udp), 1200):
     more = start + 1200 < len(udp)
     if six:
         head = struct.pack("!IHBB", 6 << 28, 8 + len(piece), 44, 64) + ends
-        head += struct.pack("!BBHI", 17, 0, start | more, 0xABC1)
+        head += struct.pack("!BBHI", 17, 0, start | more, ident)
     else:
-        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(piece), 0xABC1,
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(piece), ident,
                            (more << 13) | start // 8, 64, 17, 0) + ends
     pieces.append(head + piece)
 for piece in pieces if order == "first" else pieces[::-1]:

@@ -207,6 +207,8 @@ def memory_tables(
             ("flows", flow_key, flow_value, 1024),
             ("affinity", word, word, 1),
             ("fragments", word, word, 1),
+            ("held", word, word, 1),
+            ("holding", word, word, 1),
             ("reverse", word, word, 1),
             ("links", word, word, 1),
             ("openings", word, word, 1),

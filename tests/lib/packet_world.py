@@ -37,6 +37,7 @@ from tests.lib.packets import CLUSTER_CIDRS, Address, Result, Wire
 
 HASH_SEED = 0x9E3779B9
 MAP_ENTRIES = 8192
+HELD_ENTRIES = 128
 COUNTED_SERVICES = 4
 """So few that a test can go beyond."""
 
@@ -85,6 +86,7 @@ class World(Wire):
         """Empty every map."""
         for name in (
             *("frontends", "backend_index", "flows", "affinity", "source_ranges", "fragments"),
+            "held",
         ):
             self.hash(name).clear()
         backends, slots = self._array("backends"), self._array("slots")
@@ -270,6 +272,8 @@ def _create(name: str, shape: MapShape) -> Table:
         "settings": 1,
         "drops": len(Drop),
         "service_counters": COUNTED_SERVICES,
+        "held": HELD_ENTRIES,
+        "holding": 1,
     }
     fd = bpf.map_create(
         shape.type,

@@ -38,8 +38,10 @@ PATIENCE = 10
 """How many times longer than a real machine an emulated one may take; tests read it."""
 FUZZ_ROUNDS = 1000
 """The first of the 5,000 of a real machine: one seed gives every kernel the same packets."""
-MODULES = ("virtio_blk", "ext4", "br_netfilter")
-"""The last is what a node of Kubernetes has loaded: netfilter sees what passes a bridge of pods."""
+MODULES = ("virtio_blk", "ext4", "br_netfilter", "tun")
+"""br_netfilter: netfilter sees what passes a bridge of pods, as on a node of Kubernetes. tun: tests
+hold the other end of a device.
+"""
 GUEST_OUT = "/mnt"
 """Where the guest has its `out` folder: outside the repository, which is hidden by its copy."""
 NOT_FOR_GUESTS = ("mypy", "mypyc", "*mypyc*.so", "pip", "ruff", "kubernetes_validate")

@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 
 from ebpf_svc.model.net import Family, Sources, family_of
 
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
 pin path.
 """
@@ -146,6 +146,14 @@ def _words(address: str, family: Family) -> str:
     return "{{" + ",".join(f"{word:#x}" for word in words) + "}}"
 
 
+HELD_BYTES = 1500
+"""The largest fragment that is held for the first of its datagram: Ethernet's MTU."""
+HELD_SLOTS = 8
+"""Fragments of one datagram that are held."""
+FRAGMENT_S = 2
+"""How many seconds apart the fragments of a datagram may come. It is microseconds, and a client
+with a socket for each question takes the same id for another datagram soon."""
+
 CSUM_IPV6_FLAG = 1 << 7
 """BPF_F_IPV6 of bpf_l4_csum_replace, Linux 6.16: without it CHECKSUM_COMPLETE of IPv6 packets goes
 wrong.
@@ -213,6 +221,9 @@ def defines(family: Family) -> dict[str, str]:
         "NO_LINK": str(NO_LINK),
         "NAT_PORT_FIRST": str(NAT_PORTS.start),
         "NAT_PORT_COUNT": str(len(NAT_PORTS)),
+        "HELD_BYTES": str(HELD_BYTES),
+        "HELD_SLOTS": str(HELD_SLOTS),
+        "FRAGMENT_S": str(FRAGMENT_S),
     }
     numbers.update({f"SOURCE_{source.name}": str(int(source)) for source in Sources})
     for prefix, flags in (

@@ -28,6 +28,8 @@ from ebpf_svc.model.net import Family
 SOURCE_RANGE_ENTRIES = 65_536
 FRAGMENT_ENTRIES = 8_192
 """Datagrams whose later fragments may still come, each family."""
+HELD_ENTRIES = 512
+"""Fragments that came before the first of their datagram, each family: 0.8 MB."""
 REVERSE_SHARE = 16
 """Without the fast path: one flow in so many may be of a crowded endpoint, or of a port that
 clashes."""
@@ -60,6 +62,8 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "affinity": settings.affinity_entries,
         "source_ranges": SOURCE_RANGE_ENTRIES,
         "fragments": FRAGMENT_ENTRIES,
+        "held": HELD_ENTRIES,
+        "holding": 1,
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
         "reverse": settings.flow_entries // (1 if settings.fast_path else REVERSE_SHARE),
@@ -115,6 +119,8 @@ class FamilyTables:
     affinity: HashTable
     source_ranges: HashTable
     fragments: HashTable
+    held: HashTable
+    holding: PerCpuArray
     reverse: HashTable
     links: HashTable
     openings: PerCpuArray

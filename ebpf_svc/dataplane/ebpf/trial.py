@@ -22,15 +22,16 @@ from ebpf_svc.dataplane.ebpf.table import HashTable, PerCpuArray
 from ebpf_svc.host import bpf, bpf_prog
 
 OWN = (
-    *("flows", "affinity", "fragments", "sockets", "udp_sockets", "reverse"),
+    *("flows", "affinity", "fragments", "held", "sockets", "udp_sockets", "reverse"),
     *("service_counters", "drops", "monitor", "events"),
-    *("links", "openings"),
+    *("links", "openings", "holding"),
 )
 """Maps a trial has of its own: all that programs write. And no links, so that the packet comes back
 the usual way instead of leaving by a device."""
 ENTRIES = 8192
 """In each of them: clients a trial can send."""
-_SIZES = {"sockets": 0, "service_counters": 1, "openings": 1, "drops": len(Drop), "monitor": 1}
+_SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor"), 1)
+_SIZES |= {"sockets": 0, "drops": len(Drop), "held": 8}
 _SK_BUFF_BYTES, _MARK_OFFSET = 192, 8
 
 
