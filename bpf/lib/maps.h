@@ -15,7 +15,6 @@ BPF_F_TABLE("lpm_trie", struct range_key, __u32, source_ranges, 1, BPF_F_NO_PREA
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 1);
 BPF_TABLE("lru_hash", struct held_key, struct held_value, held, 1);
 BPF_TABLE("percpu_array", __u32, struct holding, holding, 1);
-BPF_SK_STORAGE(sockets, struct socket_value);
 BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
 BPF_TABLE("lru_hash", struct reverse_key, struct flow_key, reverse, 1);
 BPF_TABLE("hash", __u32, struct link_value, links, 1);
@@ -25,6 +24,22 @@ BPF_TABLE("percpu_array", __u32, struct service_counters, service_counters, 1);
 BPF_TABLE("array", __u32, struct settings_value, settings, 1);
 BPF_TABLE("percpu_array", __u32, __u64, drops, DROP_REASONS);
 BPF_F_TABLE("array", __u32, struct monitor_value, monitor, 1, BPF_F_MMAPABLE);
+
+/* A socket storage. The kernel makes one only of a type described by debug
+ * information, which is slow to compile: to the compiler this is a hash
+ * (compiler.py, STAND_INS).
+ */
+struct sockets_table_t {
+	int key;
+	struct socket_value leaf;
+	void *(*sk_storage_get)(void *, void *, int);
+	u32 max_entries;
+	u32 flags;
+};
+__attribute__((section("maps/hash"))) struct sockets_table_t sockets = {
+	.max_entries = 1,
+	.flags = BPF_F_NO_PREALLOC,
+};
 
 /* BCC's own ring buffers do not say what they carry. */
 struct events_table_t {
