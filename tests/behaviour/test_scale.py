@@ -244,6 +244,7 @@ def _assert_shared(world: World, endpoint_count: int) -> None:
                     assert squares < chi_square_limit(endpoint_count - 1), (asker, target)
 
 
+@pytest.mark.timeout(300)  # iptables-restore takes a minute for it
 def test_service_of_five_thousand_ports(world: World, publish: Publish) -> None:
     """Each of 5,000 ports is a frontend of its own: every 500th is asked, and one there is not."""
     web = Tall(world.new_web().number)
