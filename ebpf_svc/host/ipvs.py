@@ -2,8 +2,8 @@
 
 A node of five thousand services has fifty thousand real servers: requests are packed by hand, many
 in one system call. /proc lists every real server with its connections in one reading, where netlink
-would want a request for each virtual server; what proc does not say (seconds of persistence) comes
-from netlink. Knows nothing of services.
+would want a request for each virtual server; what proc does not say (seconds of persistence, and
+virtual servers it skips) comes from netlink. Knows nothing of services.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ PROC = Path("/proc/thread-self/net/ip_vs")
 """Of this thread's network namespace; there is none while the module is not loaded."""
 MASQUERADE = "Masq"
 """Proc's word for the way of forwarding that translates addresses."""
+_METHODS = (MASQUERADE, "Local", "Tunnel", "Route", "Bypass")
+"""Proc's words for all of them, by their numbers."""
 PERSISTENT, HASHED = 0x1, 0x2
 """Flags of a virtual server; the second is the kernel's own."""
 HASH_PORT = 0x10
@@ -116,7 +118,11 @@ def parse(text: str) -> tuple[VirtualServer, ...]:
 
 
 def real_servers() -> dict[ServerKey, list[RealServer]]:
-    """Every virtual server that has an address, with its real servers; empty without IPVS."""
+    """Virtual servers that have an address, with their real ones; empty without IPVS.
+
+    Where other network namespaces have virtual servers too, the kernel skips some of ours wherever
+    a page of the text ends (seen in 6.1): `Ipvs.real_servers` finds those as well.
+    """
     return dict(_parse(_proc()))
 
 
@@ -231,24 +237,38 @@ class Ipvs:
             found[key] = Shape(scheduler, flags & ~HASHED, persistence_s if is_persistent else 0)
         return found
 
+    def real_servers(self, keys: Iterable[ServerKey]) -> dict[ServerKey, list[RealServer]]:
+        """The real servers of these virtual servers, and of others that proc tells of.
+
+        Raises:
+            OSError: the kernel does not say.
+        """
+        found = real_servers()
+        return found | {key: self._reals_of(key) for key in keys if key not in found}
+
     def connection_counts(self, keys: Sequence[ServerKey]) -> Mapping[ServerKey, dict[Dest, int]]:
         """Connections of each real server of these virtual servers; one that is gone has none.
 
         Raises:
             OSError: the kernel does not say.
         """
-        return {key: self._connection_counts(key) for key in keys}
+        return {
+            key: {real.dest: real.connection_count for real in self._reals_of(key)} for key in keys
+        }
 
-    def _connection_counts(self, key: ServerKey) -> dict[Dest, int]:
-        counts = {}
+    def _reals_of(self, key: ServerKey) -> list[RealServer]:
+        reals = []
         size = 4 if family_of(key.address) is Family.V4 else 16
         for message in self._link.dump(self._family, _header(_GET_DEST) + _service(key)):
             given = attributes(attributes(message.body[4:]).get(_DEST, b""))
             address = str(ipaddress.ip_address(given[1][:size]))
             (port,) = struct.unpack_from("!H", given[2])
-            active, inactive = (struct.unpack_from("=I", given[kind])[0] for kind in (7, 8))
-            counts[Dest(address, port)] = active + inactive
-        return counts
+            method, weight, active, inactive = (
+                struct.unpack_from("=I", given[kind])[0] for kind in (3, 4, 7, 8)
+            )
+            word = _METHODS[method & 7] if method & 7 < len(_METHODS) else ""
+            reals.append(RealServer(Dest(address, port), weight, active, inactive, word))
+        return reals
 
     def set_timeouts(self, tcp_s: int, tcp_fin_s: int, udp_s: int) -> Failure | None:
         """Set how long idle connections are kept; 0 leaves one as it is."""

@@ -122,6 +122,15 @@ class MemoryIpvs:
         self.machine.told["reads"] += 1
         return dict(self.machine.shapes)
 
+    def real_servers(self, keys: Iterable[ServerKey]) -> dict[ServerKey, list[RealServer]]:
+        return {
+            key: [
+                RealServer(dest, weight, self.machine.connections.get((key, dest), 0), 0)
+                for dest, weight in dests.items()
+            ]
+            for key, dests in self.machine.dests.items()
+        }
+
     def connection_counts(self, keys: Sequence[ServerKey]) -> Mapping[ServerKey, dict[Dest, int]]:
         self.machine.told["counts"] += len(keys)
         return {
@@ -243,15 +252,6 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
     """Let the ipvs dataplane find this machine instead of ours."""
     addresses = MemoryAddresses(machine)
 
-    def reals() -> dict[ServerKey, list[RealServer]]:
-        return {
-            key: [
-                RealServer(dest, weight, machine.connections.get((key, dest), 0), 0)
-                for dest, weight in dests.items()
-            ]
-            for key, dests in machine.dests.items()
-        }
-
     def ours() -> Iterator[tuple[Any, Mapping[str, Any]]]:
         if machine.has_rules:
             yield _Variant(), {}
@@ -265,7 +265,6 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kernel, "Sets", lambda: MemorySets(machine))
     patch.setattr(kernel, "dummy", addresses)
     patch.setattr(kernel.rtnetlink, "Socket", _Link)
-    patch.setattr(kernel.ipvs, "real_servers", reals)
     patch.setattr(dataplane, "dummy", addresses)
     patch.setattr(dataplane.ipvs, "try_scheduler", lambda scheduler: "")
     patch.setattr(dataplane, "run", lambda argv: "")

@@ -215,11 +215,12 @@ class IpvsDataplane:
 
     def flow_counts(self) -> FlowCounts:
         """Connections the kernel knows of, by service port; none while not open."""
-        running = self._running
-        if running is None:
-            return FlowCounts({}, {})
-        reals = ipvs.real_servers()
-        return readback.flow_counts(running.written.values(), reals)
+        with self._lock:
+            running = self._running
+            if running is None:
+                return FlowCounts({}, {})
+            reals = running.kernel.real_servers(running.ledger.servers)
+            return readback.flow_counts(running.written.values(), reals)
 
     def retire(self) -> bool:
         """Give all real servers weight 0; True once none has a connection left (V11)."""

@@ -13,9 +13,9 @@ from typing import TypeVar
 from ebpf_svc.dataplane.ipvs.sets import SPECS, SetEntry, specs_of
 from ebpf_svc.dataplane.ipvs.state import Found, Steps
 from ebpf_svc.errors import DataplaneError
-from ebpf_svc.host import dummy, ipvs, rtnetlink
+from ebpf_svc.host import dummy, rtnetlink
 from ebpf_svc.host.ipset import ERR_BUSY, Entry, Sets, Spec
-from ebpf_svc.host.ipvs import Dest, Ipvs, ServerKey
+from ebpf_svc.host.ipvs import Dest, Ipvs, RealServer, ServerKey
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.host.netlink import Failure
 from ebpf_svc.model.net import Family, family_of
@@ -94,7 +94,7 @@ class Kernel:
                 elif family_of(held.address) in families and not held.address.startswith("fe80:"):
                     here.add(held.address)
             shapes = self._ipvs.shapes()
-            reals = ipvs.real_servers()
+            reals = self._ipvs.real_servers(shapes)
             lists = {spec.name: self._sets.read(spec.name) for spec in _specs(families)}
         except OSError as error:
             raise DataplaneError(f"the kernel cannot be read back: {error.strerror}") from error
@@ -105,6 +105,13 @@ class Kernel:
             frozenset(elsewhere),
             {name: held.entries for name, held in lists.items() if held is not None},
         )
+
+    def real_servers(self, keys: Iterable[ServerKey]) -> Mapping[ServerKey, list[RealServer]]:
+        """The real servers of these virtual servers at least; raises DataplaneError."""
+        try:
+            return self._ipvs.real_servers(keys)
+        except OSError as error:
+            raise DataplaneError(f"connections cannot be counted: {error.strerror}") from error
 
     def connection_counts(
         self, keys: Sequence[ServerKey]
