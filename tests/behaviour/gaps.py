@@ -12,6 +12,11 @@ _ENDS_AT_THE_RELAY = "errors beyond the relay are about its socket, as with kube
 
 _ONE_LIST = "a virtual server has one list of endpoints for all its clients, as kube-proxy's (V8)"
 
+_TOO_BIG = (
+    "IPVS takes no IPv6 datagram above the MTU from the node or a pod behind a bridge: it answers "
+    "`too big`, as it does for kube-proxy"
+)
+
 GAPS: dict[tuple[str, str], str] = {
     ("ipvs", "test_internal_policy_local_drops_without_a_local_endpoint"): _ONE_LIST,
     ("ipvs", "test_client_keeps_its_pod"): (
@@ -24,10 +29,8 @@ GAPS: dict[tuple[str, str], str] = {
     ("ipvs", "test_open_connections_outlive_their_service"): (
         "a connection dies with its virtual server, as with kube-proxy (V12)"
     ),
-    ("ipvs", "test_large_datagrams_pass_through_services"): (
-        "IPVS takes no IPv6 datagram above the MTU from the node or a pod behind a bridge: it "
-        "answers `too big`, as it does for kube-proxy"
-    ),
+    ("ipvs", "test_large_datagrams_pass_through_services"): _TOO_BIG,
+    ("ipvs", "test_large_datagrams_reach_a_node_port_of_the_node_itself"): _TOO_BIG,
     ("ipvs", "test_node_ports_answer_on_loopback_of_both_families"): (
         "what comes from 127.0.0.1 is left alone, as by kube-proxy in this mode (V7)"
     ),
@@ -71,7 +74,7 @@ GAPS: dict[tuple[str, str], str] = {
         "userspace",
         "test_datagram_that_outlives_its_hops_is_reported_to_its_socket",
     ): _ENDS_AT_THE_RELAY,
-    ("ebpf-no-sockets", "test_large_datagrams_pass_through_services"): (
+    ("ebpf-no-sockets", "test_large_datagrams_reach_a_node_port_of_the_node_itself"): (
         "a node's own IPv6 node port is reached over the loopback device, which cuts nothing into "
         "pieces, and no router may"
     ),
