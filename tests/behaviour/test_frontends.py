@@ -17,7 +17,7 @@ import pytest
 
 from ebpf_svc.model.net import Family, Protocol
 from ebpf_svc.testbed.host import Host
-from ebpf_svc.testbed.traffic import Target, ask, connection, spread
+from ebpf_svc.testbed.traffic import Probe, Target, ask, ask_all, connection, spread
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import PROTOCOLS, Web
 from tests.lib.probing import (
@@ -101,6 +101,35 @@ def test_requests_spread_evenly(world: World, publish: Publish, asker: str) -> N
         assert set(servers) == {"web1", "web2", "web3"}
         # Five standard deviations of 300 throws at one in three.
         assert all(abs(count - 100) < 41 for count in servers.values()), servers
+
+
+def test_client_gets_the_same_backend_through_either_node(
+    world: World, publish: Publish, programs: None
+) -> None:
+    """Maglev: a balancer that sends a flow to another node moves it to no other backend."""
+    web, client = publish(), world.cluster.client
+    ways = [*product(Family, PROTOCOLS, range(23_000, 23_012))]
+    chosen = [
+        ask_all([
+            Probe(client, web.at_node(node, family, protocol, source_port=port))
+            for family, protocol, port in ways
+        ])
+        for node in world.cluster.nodes
+    ]  # fmt: skip
+    through1, through2 = ([answer.server for (answer,) in answers] for answers in chosen)
+    assert through1 == through2
+    assert set(through1) == {"web1", "web2", "web3"}
+
+
+def test_nobody_answers_a_ping_for_a_service(world: World, publish: Publish) -> None:
+    """P17: a service is its ports; what pings it waits or is refused, and harms nothing."""
+    web = publish()
+    for family in Family:
+        address = web.cluster.of(family)
+        for asker in (world.shell1, world.sandbox1, world.cluster.nodes[0]):
+            argv = ["bash", "-c", f"! ping -n -c 2 -i 0.2 -W 1 {address}"]
+            assert " 0 received" in asker.run(argv), (asker, address)
+    assert_held(table(world, web, askers=[world.sandbox1], kinds=[CLUSTER_IP]))
 
 
 def test_localhost_reaches_node_ports_only_on_the_node(world: World, publish: Publish) -> None:
