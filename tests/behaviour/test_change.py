@@ -221,10 +221,10 @@ def test_connected_udp_socket_learns_that_its_backend_is_gone(
         flows = _udp_flows(world, web, stack, connected=True)
         assert {flow.ping().server for flow in flows.values()} == {"web1"}
         world.publish(web, [world.web2])
-        # What was asked just before may still be answered, so it takes a moment.
-        for flow in flows.values():
-            eventually(
-                flow.ping,
-                until=lambda one: one.server == "web2" or one.detail in DESTROYED,
-                within_s=1,
-            )
+        ends = {name: flow.ping() for name, flow in flows.items()}
+        silent = {
+            name: one
+            for name, one in ends.items()
+            if one.server != "web2" and one.detail not in DESTROYED
+        }
+        assert silent == {}

@@ -20,9 +20,6 @@ from ebpf_svc.model.net import Family
 PERIOD_S = 10.0
 """Pause between sweeps while there is something to free; without, the thread sleeps."""
 
-ANSWER_S = 0.1
-"""What a backend that leaves was asked just before, it may answer: its sockets end no sooner."""
-
 log = get_logger(__name__)
 
 
@@ -117,7 +114,6 @@ class Sweeper:
                 return
             try:
                 if was_woken:
-                    time.sleep(ANSWER_S)
                     self.end_sockets()
                 elif freed := self.sweep():
                     log.debug("sweep.done", count=freed)
