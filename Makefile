@@ -21,7 +21,7 @@ K ?=
 ARGS ?=
 JSON ?=
 slowest := --durations=25 --durations-min=5
-# Whole runs: more than a few share too much to gain from another.
+# Whole runs use every processor, of many four: there are few variants to share out.
 abreast := -n auto --maxprocesses 4
 choose = $(if $(K),-k '$(K)') $(ARGS)
 

@@ -29,7 +29,7 @@ def piece_of(nodeid: str) -> str:
     return next((name for name in _LONGEST_FIRST if parameters.startswith(f"{name}-")), module)
 
 
-@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
+@pytest.hookimpl(optionalhook=True)  # with -p no:xdist nobody calls it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByVariant:
     """The scheduler of every run with several processes."""
     return ByVariant(config, log)
