@@ -4,17 +4,8 @@
 /* Flows: found by the request through its frontend's service, by the reply
  * through its backend's.
  */
+#include "clock.h"
 #include "packet.h"
-
-/* Seconds of a clock that is cheap to read, where the kernel offers one (5.11). */
-static __always_inline __u32 now_s(void)
-{
-#if HAVE_COARSE_CLOCK
-	return bpf_ktime_get_coarse_ns() / 1000000000ULL;
-#else
-	return bpf_ktime_get_ns() / 1000000000ULL;
-#endif
-}
 
 static __always_inline void touch(struct flow_value *flow, __u32 now)
 {
@@ -35,7 +26,7 @@ static __always_inline bool note(struct flow_value *flow, __u8 state)
 /* Has a flow ended, so that its client may use its port for another? */
 static __always_inline bool flow_ended(const struct flow_value *flow, __u8 proto, __u32 now)
 {
-	__u32 idle_s = now - flow->seen_s;
+	__u32 idle_s = since_s(flow->seen_s, now);
 
 	if (proto == IPPROTO_UDP)
 		return idle_s > UDP_IDLE_S;
@@ -316,6 +307,6 @@ static __always_inline bool reply_is_stale(const struct flow_value *flow, const 
 					   __u32 now)
 {
 	if (pkt->proto == IPPROTO_UDP)
-		return now - flow->seen_s > UDP_IDLE_S;
+		return since_s(flow->seen_s, now) > UDP_IDLE_S;
 	return (pkt->tcp_flags & TCP_SYN) && (flow->state & (STATE_BACKEND_FIN | STATE_RESET));
 }

@@ -42,7 +42,7 @@ static __always_inline void fragment_key_of(const struct packet *pkt, struct fra
 /* Ids are used again: what was seen long ago is of another datagram. */
 static __always_inline bool is_same_datagram(__u32 seen_s, __u32 now)
 {
-	return now - seen_s <= FRAGMENT_S;
+	return since_s(seen_s, now) <= FRAGMENT_S;
 }
 
 /* Give a later fragment its ports; false when the first was never ours. */

@@ -105,7 +105,7 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 		return refuse(skb, pkt);
 	}
 	list = list_for(frontend, source);
-	id = choose(frontend, &list, pkt, now);
+	id = choose_for_packet(frontend, &list, pkt, now);
 	/* Two connections of one port had better go to two backends, unless affinity
 	 * wants them at one.
 	 */

@@ -2,6 +2,7 @@
 #pragma once
 
 /* Which backend a new flow gets. */
+#include "clock.h"
 #include "packet.h"
 
 struct list {
@@ -90,44 +91,72 @@ static __always_inline __u32 backend_at(const struct list *list, __u32 fraction)
 /* The backend an affinity entry names, if it is still in the list chosen for
  * this flow (B10) and the time has not run out (P13); else NO_BACKEND.
  */
-static __always_inline __u32 affinity_recall(const struct affinity_key *key, __u32 member,
-					     __u32 timeout_s, __u32 now_s)
+static __always_inline __u32 affinity_recall(const struct affinity_value *known, __u32 service,
+					     __u32 member, __u32 timeout_s, __u32 now_s)
 {
-	struct affinity_value *value = affinity.lookup((struct affinity_key *)key);
 	struct backend_value *backend;
 
-	if (!value || now_s - value->seen_s > timeout_s)
+	if (!known || since_s(known->seen_s, now_s) > timeout_s)
 		return NO_BACKEND;
-	backend = backends.lookup(&value->backend_id);
-	if (!backend || backend->service != key->service || !(backend->flags & member))
+	backend = backends.lookup((__u32 *)&known->backend_id);
+	if (!backend || backend->service != service || !(backend->flags & member))
 		return NO_BACKEND;
-	return value->backend_id;
+	return known->backend_id;
 }
 
-static __always_inline void affinity_renew(struct affinity_key *key, __u32 backend_id, __u32 now_s)
+/* Where the client stays from now on. What is known is written in place: an update
+ * gives the entry to another client while a third CPU may still read it. And the
+ * first of two connections that come at once decides for both.
+ */
+static __always_inline __u32 affinity_renew(struct affinity_key *client,
+					    struct affinity_value *known, __u32 backend_id,
+					    __u32 now_s)
 {
-	struct affinity_value value = { .backend_id = backend_id, .seen_s = now_s };
+	struct affinity_value fresh = { .backend_id = backend_id, .seen_s = now_s };
 
-	affinity.update(key, &value);
-}
-
-static __always_inline __u32 choose(const struct frontend_value *frontend,
-				    const struct list *list, const struct packet *pkt, __u32 now_s)
-{
-	struct affinity_key client = {};
-	__u32 id = NO_BACKEND;
-
-	if (frontend->affinity_s) {
-		__builtin_memcpy(client.client, &pkt->src, sizeof(pkt->src));
-		client.service = frontend->service;
-		id = affinity_recall(&client, list->member, frontend->affinity_s, now_s);
+	if (!known) {
+		if (!affinity.insert(client, &fresh))
+			return backend_id;
+		known = affinity.lookup(client);
+		return known ? known->backend_id : backend_id;
 	}
+	if (known->backend_id != backend_id)
+		known->backend_id = backend_id;
+	if (known->seen_s != now_s)
+		known->seen_s = now_s;
+	return backend_id;
+}
+
+/* The backend in a list for a new flow of a client: the one it stays with, else the
+ * one at a fraction of 2^32; NO_BACKEND for an empty list.
+ */
+static __always_inline __u32 choose(const struct frontend_value *frontend,
+				    const struct list *list, struct affinity_key *client,
+				    __u32 fraction, __u32 now_s)
+{
+	struct affinity_value *known;
+	__u32 id;
+
+	if (!frontend->affinity_s)
+		return backend_at(list, fraction);
+	client->service = frontend->service;
+	known = affinity.lookup(client);
+	id = affinity_recall(known, client->service, list->member, frontend->affinity_s, now_s);
 	if (id == NO_BACKEND)
-		id = backend_at(list, client_hash(pkt, frontend->affinity_s &&
-					       (frontend->flags & FRONTEND_MAGLEV)));
-	if (frontend->affinity_s && id != NO_BACKEND)
-		affinity_renew(&client, id, now_s);
-	return id;
+		id = backend_at(list, fraction);
+	return id == NO_BACKEND ? id : affinity_renew(client, known, id, now_s);
+}
+
+/* The same for the client of a packet. */
+static __always_inline __u32 choose_for_packet(const struct frontend_value *frontend,
+					       const struct list *list, const struct packet *pkt,
+					       __u32 now_s)
+{
+	bool sticky = frontend->affinity_s && (frontend->flags & FRONTEND_MAGLEV);
+	struct affinity_key client = {};
+
+	__builtin_memcpy(client.client, &pkt->src, sizeof(pkt->src));
+	return choose(frontend, list, &client, client_hash(pkt, sticky), now_s);
 }
 
 #define BESIDE_TRIES 8

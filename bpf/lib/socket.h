@@ -88,25 +88,6 @@ static __always_inline bool hook_translates(const struct frontend_value *fronten
 	       !(frontend->flags & (SOURCE_POD << MASQUERADE_SHIFT));
 }
 
-static __always_inline __u32 socket_choose(const struct frontend_value *frontend,
-					   const struct list *list, __u64 netns, __u32 now)
-{
-	struct affinity_key client = { .by_netns = 1 };
-	__u32 id = NO_BACKEND;
-
-	if (frontend->affinity_s) {
-		client.client[0] = netns;
-		client.service = frontend->service;
-		id = affinity_recall(&client, list->member, frontend->affinity_s, now);
-	}
-	/* No packet, no hash: any entry of a Maglev table is as good as another. */
-	if (id == NO_BACKEND)
-		id = backend_at(list, bpf_get_prandom_u32());
-	if (frontend->affinity_s && id != NO_BACKEND)
-		affinity_renew(&client, id, now);
-	return id;
-}
-
 /* The backend this socket already has for a frontend, while it serves. */
 static __always_inline struct socket_entry *socket_flow(struct socket_value *socket,
 							 const struct l4_addr *frontend)
@@ -204,7 +185,10 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 		id = NO_BACKEND;
 		reason = DROP_SOURCE_RANGE;
 	} else {
-		id = socket_choose(frontend, &list, netns, now);
+		struct affinity_key client = { .client[0] = netns, .by_netns = 1 };
+
+		/* No packet, no hash: any entry of a Maglev table is as good as another. */
+		id = choose(frontend, &list, &client, bpf_get_prandom_u32(), now);
 	}
 	backend = backends.lookup(&id);
 	if (id == NO_BACKEND || !backend) {

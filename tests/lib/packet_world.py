@@ -219,7 +219,7 @@ class World(Wire):
         return [(table.key.unpack(k), table.value.unpack(v)) for k, v in table.items()]
 
     def age(self, name: str, seconds: int) -> None:
-        """Let time pass for the entries of `flows` or `affinity`."""
+        """Let time pass for the entries of a map that notes when they were seen."""
         table = self.hash(name)
         for key, value in list(table.items()):
             fields = table.value.unpack(value)._asdict()

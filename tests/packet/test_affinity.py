@@ -69,6 +69,17 @@ def test_affinity_ends_after_its_time_without_a_connection(world: World) -> None
     assert len(chosen) > 1
 
 
+def test_client_another_cpu_saw_a_moment_later_is_not_forgotten(world: World) -> None:
+    """Who read the clock before the second passed finds a client seen in the next one (P13)."""
+    vip = (world.net.vip, 80)
+    world.service(*vip, backends=_ports(world), affinity_s=TIMEOUT_S)
+    chosen = set()
+    for port in range(40000, 40010):
+        chosen.add(world.run("pod_ingress", world.tcp((world.net.pod, port), vip)).dst)
+        world.age("affinity", -2)
+    assert len(chosen) == 1
+
+
 def test_every_new_connection_renews_affinity(world: World) -> None:
     """The timeout slides (P13)."""
     client, vip = world.net.pod, (world.net.vip, 80)

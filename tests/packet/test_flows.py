@@ -249,6 +249,23 @@ def test_requests_keep_a_udp_flow_alive(world: World) -> None:
         assert world.run("pod_ingress", datagram).dst == a
 
 
+@pytest.mark.parametrize("proto", [Protocol.TCP, Protocol.UDP], ids=str)
+def test_flow_another_cpu_saw_a_moment_later_is_not_over(world: World, proto: Protocol) -> None:
+    """Who read the clock before the second passed finds a flow seen in the next one (C5)."""
+    client, vip = (world.net.pod, 40000), (world.net.vip, 53)
+    a, b = (world.net.a, 53), (world.net.b, 53)
+    service = world.service(*vip, proto, backends=[a])
+    request, answer = world.l4(proto, client, vip), world.l4(proto, a, client)
+    world.run("pod_ingress", request)
+    service.set_backends([b], draining=[a])
+    for program, packet, wanted in (
+        ("pod_ingress", request, with_ends(request, dst=a)),
+        ("egress", answer, with_ends(answer, src=vip)),
+    ):
+        world.age("flows", -2)
+        world.run(program, packet).expect(wanted)
+
+
 def test_udp_flow_does_not_follow_its_backends_id_to_another_owner(world: World) -> None:
     """An id given out again brings no flows to its next endpoint or service port."""
     client, vip = (world.net.pod, 40000), (world.net.vip, 53)

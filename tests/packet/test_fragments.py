@@ -52,6 +52,17 @@ def test_udp_fragments_without_checksum_stay_without(world: World) -> None:
         world.run("pod_ingress", piece).expect(expected)
 
 
+def test_piece_another_cpu_saw_a_moment_later_is_of_the_same_datagram(world: World) -> None:
+    """Who read the clock before the second passed finds ports noted in the next one."""
+    client, vip, backend = (world.net.pod, 40000), (world.net.vip, 53), (world.net.a, 5353)
+    world.service(*vip, Protocol.UDP, backends=[backend])
+    request = world.udp(client, vip, payload=PAYLOAD)
+    wanted = world.fragments(with_ends(request, dst=backend))
+    for piece, expected in zip(world.fragments(request), wanted, strict=True):
+        world.run("pod_ingress", piece).expect(expected)
+        world.age("fragments", -2)
+
+
 def test_fragments_of_two_datagrams_are_told_apart(world: World) -> None:
     """Their ids say which is which, however they interleave."""
     net = world.net
