@@ -1,7 +1,8 @@
 """How a command talks to the running agent: a UNIX socket in its run directory.
 
-A request is one line of JSON, the answer a line for each step until the last. Only the agent's own
-user, root, may connect. Anything else than a well-formed request is told so and dropped.
+A request is one line of JSON, the answer a line for each step until the last; while a step takes
+long, empty lines show that the agent lives. Only the agent's own user, root, may connect. Anything
+else than a well-formed request is told so and dropped.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from ebpf_svc.status import CONTROL
 REQUEST_BYTES = 4096
 REQUEST_S = 5.0
 """A client says what it wants within this time, or is dropped."""
-SILENCE_S = 120.0
-"""The agent tells something so often while a switch is under way, a compile included."""
+BEAT_S = 5.0
+"""How often the agent shows that it lives, however long a step takes."""
+SILENCE_S = 60.0
+"""An agent that shows nothing for so long is not waited for."""
 
 log = get_logger(__name__)
 
@@ -83,14 +86,21 @@ class SwitchRequest(BaseModel):
 class ControlServer:
     """The agent's end."""
 
-    def __init__(self, run_dir: Path, switch: Callable[[SwitchRequest, Tell], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        switch: Callable[[SwitchRequest, Tell], None],
+        *,
+        beat_s: float = BEAT_S,
+    ) -> None:
         """Nothing listens yet.
 
         Args:
             run_dir: where the socket is to be.
             switch: begins what was asked and returns; tells each step, from any thread.
+            beat_s: pause between two signs of life while a step takes long.
         """
-        self._run_dir, self._switch = run_dir, switch
+        self._run_dir, self._switch, self._beat_s = run_dir, switch, beat_s
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
@@ -147,7 +157,11 @@ class ControlServer:
             told: queue.SimpleQueue[Progress] = queue.SimpleQueue()
             self._switch(request, told.put)
             while True:
-                progress = told.get()
+                try:
+                    progress = told.get(timeout=self._beat_s)
+                except queue.Empty:
+                    client.sendall(b"\n")
+                    continue
                 _send(client, progress)
                 if request.is_answered_by(progress):
                     return
@@ -173,6 +187,8 @@ def ask(run_dir: Path, request: SwitchRequest) -> Iterator[Progress]:
         try:
             with server.makefile("r") as lines:
                 for line in lines:
+                    if not line.strip():
+                        continue
                     told = json.loads(line)
                     progress = Progress(Step(told["step"]), told["mode"], told["detail"])
                     yield progress

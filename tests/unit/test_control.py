@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_svc import control
 from ebpf_svc.config import Mode
 from ebpf_svc.control import ControlServer, Progress, Step, SwitchRequest, Tell, ask
 from ebpf_svc.errors import DataplaneError, UnsupportedHost
@@ -76,6 +77,36 @@ def test_command_that_does_not_wait_hears_until_the_new_mode_serves(run_dir: Pat
     """What drains goes on draining without a listener."""
     told = list(ask(run_dir, SwitchRequest(mode=Mode.NFTABLES, wait=False)))
     assert told == list(STEPS[:2])
+
+
+def test_agent_at_work_for_long_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may take minutes on a slow machine: signs of life come meanwhile, and are no steps."""
+    monkeypatch.setattr(control, "SILENCE_S", 0.5)
+
+    def slow(_request: SwitchRequest, tell: Tell) -> None:
+        tell(STEPS[0])
+        threading.Timer(1.5, lambda: [tell(step) for step in STEPS[1:]]).start()
+
+    server = ControlServer(tmp_path, slow, beat_s=0.05)
+    server.start()
+    try:
+        assert tuple(ask(tmp_path, SwitchRequest(mode=Mode.NFTABLES))) == STEPS
+    finally:
+        server.stop()
+
+
+def test_silent_agent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs keeps nobody."""
+    monkeypatch.setattr(control, "SILENCE_S", 0.2)
+    server = ControlServer(tmp_path, lambda _request, tell: tell(STEPS[0]), beat_s=2.0)
+    server.start()
+    try:
+        with pytest.raises(DataplaneError, match="does not answer"):
+            list(ask(tmp_path, SwitchRequest(mode=Mode.NFTABLES)))
+    finally:
+        server.stop()
 
 
 def test_failure_is_the_last_step(run_dir: Path, switch: Switch) -> None:
