@@ -14,7 +14,7 @@
 #include "packet.h"
 
 /* In skb->tc_index, which stays with a packet that is redirected (TRANSLATED in
- * leave.h is another). What came in again is never held again, nor does it make
+ * own.h is another). What came in again is never held again, nor does it make
  * another carrier: nothing goes round for ever.
  */
 #define CARRIER 0xEB6

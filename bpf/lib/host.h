@@ -12,6 +12,7 @@
 #include "event.h"
 #include "fragment.h"
 #include "icmp.h"
+#include "own.h"
 #include "route.h"
 
 /* The two ends of a frame; zeros are the loopback device's. */
@@ -92,5 +93,8 @@ static __always_inline int host_reply(struct __sk_buff *skb, struct packet *pkt,
 	if (link == skb->ifindex || (link != LOOPBACK_INDEX &&
 				     !ends_through(skb, link, &to.dst, &to.src, &ends)))
 		return FORWARD;
+	/* It meets an ingress hook again, and may go to the number of a node port. */
+	if (pkt->fragment != FRAGMENT_LATER)
+		skb->tc_index = TRANSLATED;
 	return take_in(skb, pkt->l3, link, &ends);
 }

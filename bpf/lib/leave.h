@@ -8,11 +8,6 @@
 #include "reply.h"
 #include "request.h"
 
-/* In skb->tc_index, which stays with a packet: the device it is redirected to has
- * this program, too.
- */
-#define TRANSLATED 0xEB5
-
 static __always_inline int host_send(struct __sk_buff *skb, const struct packet *pkt,
 				     const struct flow_value *flow)
 {

@@ -7,6 +7,7 @@
 #include "event.h"
 #include "fragment.h"
 #include "icmp.h"
+#include "own.h"
 
 static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 {
@@ -34,7 +35,12 @@ static __always_inline int reply(struct __sk_buff *skb, __u32 l3)
 		return NOT_OURS;
 	answer_of(&pkt, &from);
 	flow = flow_of_reply(&from, &key);
-	if (!flow || (flow->flags & FLOW_HAIRPIN))
+	if (!flow) {
+		if (is_own_datagram(skb, &pkt))
+			note_own(&from, &key);
+		return NOT_OURS;
+	}
+	if (flow->flags & FLOW_HAIRPIN)
 		return NOT_OURS;
 	now = now_s();
 	if (reply_is_stale(flow, &pkt, now)) {

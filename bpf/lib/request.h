@@ -8,6 +8,7 @@
 #include "refuse.h"
 #include "fast.h"
 #include "host.h"
+#include "own.h"
 #include "select.h"
 
 /* Is this source a pod of the cluster? (D1, ClusterCIDR) */
@@ -28,15 +29,20 @@ static __always_inline int turn_away(struct packet *pkt, __u8 reason)
 	return drop(reason);
 }
 
-/* Does a connected socket of the node wait for this datagram? Its own port may be
- * the number of a node port: what comes is an answer then, not a request (B9).
+/* Does a socket of the node wait for this datagram? Its own port may be the number of
+ * a node port: what comes to a connected one, or from where it has sent to, is an
+ * answer then, not a request (B9). asked: room for the ends.
  */
-static __always_inline bool answers_socket(struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline bool answers_socket(struct __sk_buff *skb, const struct packet *pkt,
+					   struct reverse_key *asked, __u32 now)
 {
 	struct bpf_sock_tuple ends = {};
 	struct bpf_sock *socket;
 	bool connected;
 
+	/* A service's answer to a process of the node, which host.h has just taken in. */
+	if (HOST_PACKETS && skb->tc_index == TRANSLATED)
+		return true;
 #if IP_FAMILY == 4
 	ends.ipv4.saddr = pkt->src.word[0];
 	ends.ipv4.daddr = pkt->dst.word[0];
@@ -54,7 +60,11 @@ static __always_inline bool answers_socket(struct __sk_buff *skb, const struct p
 		return false;
 	connected = socket->dst_port != 0;
 	bpf_sk_release(socket);
-	return connected;
+	if (connected)
+		return true;
+	answer_to(pkt, asked);
+	asked->pad = 0;
+	return answers_own(asked, now);
 }
 
 /* The flow has a port that stands for the client's: of the client itself, or of
@@ -96,7 +106,8 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	/* A connection we never saw open belongs to whoever translated its
 	 * first packet, as kube-proxy did before the switch.
 	 */
-	if (pkt->proto == IPPROTO_UDP ? answers_socket(skb, pkt) : !is_opening(pkt))
+	if (pkt->proto == IPPROTO_UDP ? answers_socket(skb, pkt, ends, now) :
+					  !is_opening(pkt))
 		return NOT_OURS;
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_allowed(&pkt->src, frontend->ranges))
 		return turn_away(pkt, DROP_SOURCE_RANGE);

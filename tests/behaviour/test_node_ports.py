@@ -87,22 +87,25 @@ def _level(line: str) -> str:
         return next((word for word in words if word in ("warning", "error")), "")
 
 
-def _answers_come_back(world: World, web: Web, protocol: Protocol, askers: Sequence[Host]) -> None:
+def _answers_come_back(
+    world: World, web: Web, protocol: Protocol, askers: Sequence[Host], *, connected: bool = True
+) -> None:
     """Ask pods, nodes and the outside from the number of a node port."""
     port = 9_100
     node2 = world.cluster.nodes[1]
-    servers = (world.web3, node2, world.cluster.client)
+    servers = (world.web1, world.web3, node2, world.cluster.client)
+    options = {"source_port": web.node_port, "connected": connected, "timeout_s": 5.0}
     for host in servers:
         serve(host, tcp=[port], udp=[port])
     try:
         for asker, host, family in product(askers, servers, Family):
             place = host.address(family), port, protocol
-            (answer,) = ask(asker, *place, source_port=web.node_port, timeout_s=5.0)
+            (answer,) = ask(asker, *place, **options)
             assert answer.server == host.name, (asker, host, answer)
         for family in Family:
             # A service's own answers to that number.
             place = web.cluster.of(family), 80, protocol
-            (answer,) = ask(askers[0], *place, source_port=web.node_port, timeout_s=5.0)
+            (answer,) = ask(askers[0], *place, **options)
             assert answer.ok, answer
     finally:
         for host in servers:
@@ -123,3 +126,20 @@ def test_datagrams_from_the_number_of_a_node_port_get_their_answers(
     """The same for a node's connected UDP socket, such as a resolver's (B9)."""
     askers = [world.cluster.nodes[0]]
     _answers_come_back(world, publish([world.web1, world.web3]), Protocol.UDP, askers)
+
+
+def test_datagrams_of_an_unconnected_socket_get_their_answers(
+    world: World, publish: Publish
+) -> None:
+    """The same for one that names whom it asks with each datagram (B9).
+
+    From the same numbers at other addresses requests still come in, and are served.
+    """
+    web = publish([world.web1, world.web3])
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    with on_node(node1, web.node_port):
+        rows = table(world, web, askers=[client], kinds=[NODE_PORT_1], count=3)
+        assert_held(rows, lambda row: row.ok and row.servers <= {"web1", "web3"})
+    _answers_come_back(world, web, Protocol.UDP, [node1], connected=False)
+    rows = table(world, web, askers=[client], kinds=[NODE_PORT_1], count=3)
+    assert_held(rows, lambda row: row.ok and row.servers <= {"web1", "web3"})

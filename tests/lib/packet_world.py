@@ -47,7 +47,7 @@ IPV4_ONLY, IPV6_ONLY = (
 )
 """What only one family has: options, extension headers."""
 
-_SK_BUFF_BYTES, _MARK_OFFSET = 192, 8
+_SK_BUFF_BYTES, _MARK_OFFSET, _CAME_BY_OFFSET = 192, 8, 36
 
 
 class World(Wire):
@@ -86,7 +86,7 @@ class World(Wire):
         """Empty every map."""
         for name in (
             *("frontends", "backend_index", "flows", "affinity", "source_ranges", "fragments"),
-            "held",
+            *("held", "reverse"),
         ):
             self.hash(name).clear()
         backends, slots = self._array("backends"), self._array("slots")
@@ -98,11 +98,21 @@ class World(Wire):
             counters = self._counters(name)
             counters.clear(range(counters.max_entries))
 
-    def run(self, program: str, packet: Packet | bytes, *, mark: int = 0) -> Result:
-        """Send a packet through a program; for `_l3` programs it starts with its IP header."""
+    def run(
+        self, program: str, packet: Packet | bytes, *, mark: int = 0, came_by: int = 0
+    ) -> Result:
+        """Send a packet through a program; for `_l3` programs it starts with its IP header.
+
+        Args:
+            program: its name.
+            packet: the whole frame.
+            mark: the mark it has.
+            came_by: the device it came by, 0 when the node itself sends it. Old kernels know none.
+        """
         sent = bytes(packet)
         context = bytearray(_SK_BUFF_BYTES)
         struct.pack_into("=I", context, _MARK_OFFSET, mark)
+        struct.pack_into("=I", context, _CAME_BY_OFFSET, came_by)
         run = bpf_prog.test_run(self.programs[program], sent, context=bytes(context))
         return Result(
             verdict=run.retval,

@@ -27,7 +27,9 @@ class Variant:
         return not self.modules or module in self.modules
 
 
-MATRIX = frozenset({"test_affinity", "test_frontends", "test_refusal", "test_source"})
+MATRIX = frozenset(
+    {"test_affinity", "test_frontends", "test_node_ports", "test_refusal", "test_source"}
+)
 """Who reaches what, from where and as whom: what depends on where packets are translated."""
 
 
