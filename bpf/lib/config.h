@@ -20,7 +20,9 @@
 #if !defined(FRONTEND_REJECT) || !defined(FRONTEND_MAGLEV) || \
 	!defined(FRONTEND_SOURCE_RANGES) || !defined(FRONTEND_DRAINING) || \
 	!defined(MASQUERADE_SHIFT) || !defined(SOURCE_POD) || \
-	!defined(SOURCE_NODE) || !defined(SOURCE_EXTERNAL)
+	!defined(SOURCE_NODE) || !defined(SOURCE_EXTERNAL) || \
+	!defined(FRONTEND_KIND_SHIFT) || !defined(FRONTEND_KIND_MASK) || \
+	!defined(KIND_NODE_PORT)
 #error "frontend flags are missing: compile through ebpf_svc"
 #endif
 #if !defined(BACKEND_SERVING) || !defined(BACKEND_IN_CLUSTER) || \

@@ -74,15 +74,21 @@ static __always_inline void fold_loopback(struct l4_addr *at)
  * neither their address (affinity is by client address, P13; source ranges) nor
  * a masquerade, which no socket can do (P6); the rest of their packets meets
  * pod_ingress. Host processes pass no ingress hook, so theirs is all ours.
+ * What a pod sends to the number of a node port may be its answer to a process of
+ * the node (B9): pod_ingress knows.
  */
 static __always_inline bool hook_translates(const struct frontend_value *frontend,
-					    const struct l4_addr *to, __u32 source)
+					    const struct l4_addr *to, __u32 source,
+					    bool connecting)
 {
 	if (frontend->flags & FRONTEND_DRAINING)
 		return false;
 	if (source == SOURCE_NODE)
 		return true;
 	if (!SOCKET_LB_PODS || addr_is_loopback(&to->addr))
+		return false;
+	if (!connecting &&
+	    (frontend->flags >> FRONTEND_KIND_SHIFT & FRONTEND_KIND_MASK) == KIND_NODE_PORT)
 		return false;
 	return !frontend->affinity_s && !(frontend->flags & FRONTEND_SOURCE_RANGES) &&
 	       !(frontend->flags & (SOURCE_POD << MASQUERADE_SHIFT));
@@ -156,7 +162,7 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 	if (!frontend || !run)
 		return SOCKET_ALLOW;
 	source = netns == run->host_netns ? SOURCE_NODE : SOURCE_POD;
-	if (!hook_translates(frontend, &to, source))
+	if (!hook_translates(frontend, &to, source, connecting))
 		return SOCKET_ALLOW;
 	/* P10. The host's socket has no address yet; but a set that has the node's
 	 * lets the VIP itself in, too. Pods' sockets are left to tc.

@@ -133,7 +133,7 @@ def test_datagrams_of_an_unconnected_socket_get_their_answers(
 ) -> None:
     """The same for one that names whom it asks with each datagram (B9).
 
-    From the same numbers at other addresses requests still come in, and are served.
+    Strangers' requests still come in, and are served.
     """
     web = publish([world.web1, world.web3])
     node1, client = world.cluster.nodes[0], world.cluster.client
@@ -141,5 +141,7 @@ def test_datagrams_of_an_unconnected_socket_get_their_answers(
         rows = table(world, web, askers=[client], kinds=[NODE_PORT_1], count=3)
         assert_held(rows, lambda row: row.ok and row.servers <= {"web1", "web3"})
     _answers_come_back(world, web, Protocol.UDP, [node1], connected=False)
+    local = publish([world.web1, world.web3], external_local=True)
+    _answers_come_back(world, local, Protocol.UDP, [node1], connected=False)
     rows = table(world, web, askers=[client], kinds=[NODE_PORT_1], count=3)
     assert_held(rows, lambda row: row.ok and row.servers <= {"web1", "web3"})

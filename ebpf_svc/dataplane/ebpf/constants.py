@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
+from ebpf_svc.model.desired import FrontendKind
 from ebpf_svc.model.net import Family, Sources, family_of
 
 LAYOUT_VERSION = 5
@@ -17,6 +18,8 @@ pin path.
 """
 
 FRONTEND_KIND_SHIFT = 12
+FRONTEND_KIND_MASK = 0x3
+"""`FrontendKind` in a frontend's flags, once they are shifted."""
 MASQUERADE_SHIFT = 3
 """`Sources` bits in a frontend's flags: bits 0-2 = Local list, bits 3-5 = masquerade."""
 
@@ -208,6 +211,7 @@ def defines(family: Family) -> dict[str, str]:
     numbers: dict[str, str] = {
         "IP_FAMILY": str(int(family)),
         "FRONTEND_KIND_SHIFT": str(FRONTEND_KIND_SHIFT),
+        "FRONTEND_KIND_MASK": hex(FRONTEND_KIND_MASK),
         "MASQUERADE_SHIFT": str(MASQUERADE_SHIFT),
         "UDP_IDLE_S": str(UDP_IDLE_S),
         "SYN_IDLE_S": str(SYN_IDLE_S),
@@ -228,6 +232,7 @@ def defines(family: Family) -> dict[str, str]:
     numbers.update({f"SOURCE_{source.name}": str(int(source)) for source in Sources})
     for prefix, flags in (
         ("FRONTEND", FrontendFlag),
+        ("KIND", FrontendKind),
         ("BACKEND", BackendFlag),
         ("FLOW", FlowFlag),
         ("STATE", FlowState),

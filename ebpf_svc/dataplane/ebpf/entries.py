@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ebpf_svc.dataplane.ebpf import maglev
 from ebpf_svc.dataplane.ebpf.constants import (
+    FRONTEND_KIND_MASK,
     FRONTEND_KIND_SHIFT,
     MASQUERADE_SHIFT,
     BackendFlag,
@@ -32,7 +33,6 @@ _IN_CLUSTER = int(BackendFlag.IN_CLUSTER)
 _IN_LOCAL = int(BackendFlag.IN_LOCAL)
 _ALL = int(Sources.ALL)
 _KINDS = tuple(FrontendKind)
-_KIND_MASK = 0x3
 
 
 ALLOWED = 1
@@ -208,7 +208,7 @@ def frontend_from(
     """
     frontend = Frontend(
         key,
-        _KINDS[flags >> FRONTEND_KIND_SHIFT & _KIND_MASK],
+        _KINDS[flags >> FRONTEND_KIND_SHIFT & FRONTEND_KIND_MASK],
         Sources(flags & _ALL),
         Sources(flags >> MASQUERADE_SHIFT & _ALL),
         source_ranges if flags & _SOURCE_RANGES else None,
