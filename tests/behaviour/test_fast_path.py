@@ -17,6 +17,7 @@ from ebpf_svc.testbed.host import Host, Node
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traffic import Answer, Target, ask, connection
 from tests.lib.manifests import Web
+from tests.lib.probing import sent_by_driver
 from tests.lib.world import World
 
 every_family = pytest.mark.parametrize("family", list(Family), ids=lambda family: family.label)
@@ -80,13 +81,6 @@ def driver(artifact_cache: Path, no_leftovers: None) -> Iterator[World]:
     )
     yield world
     world.close()
-
-
-def sent_by_driver(node: Node) -> int:
-    """Packets that eth0's program has sent back out of it."""
-    lines = node.run(["ethtool", "-S", "eth0"]).splitlines()
-    words = (line.split(":") for line in lines if "xdp_tx:" in line)
-    return sum(int(count) for _, count in words)
 
 
 @every_family

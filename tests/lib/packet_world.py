@@ -261,15 +261,16 @@ class World(Wire):
         return table
 
 
-def artifacts(cache_dir: Path) -> dict[Family, Artifact]:
-    """Compile our unit for both families, as an agent with pods in CLUSTER_CIDRS would."""
+def artifacts(cache_dir: Path, **options: Any) -> dict[Family, Artifact]:
+    """Compile our unit for both families, as an agent with pods in CLUSTER_CIDRS would; options
+    are `node_defines`'.
+    """
     kernel = tuple(int(part) for part in os.uname().release.split(".")[:2])
     node = {
         family: constants.node_defines(
             family,
-            cluster_cidrs=CLUSTER_CIDRS,
-            translate_pods=True,
             kernel=(kernel[0], kernel[1]),
+            **{"cluster_cidrs": CLUSTER_CIDRS, "translate_pods": True, **options},
         )
         for family in Family
     }

@@ -162,3 +162,10 @@ def asked_from_outside(client: Host, node: Node, web: Web) -> set[str]:
         )
     ]
     return {each.server or each.outcome for answers in ask_all(probes) for each in answers}
+
+
+def sent_by_driver(node: Node) -> int:
+    """Packets that eth0's program has sent back out of it."""
+    lines = node.run(["ethtool", "-S", "eth0"]).splitlines()
+    words = (line.split(":") for line in lines if "xdp_tx:" in line)
+    return sum(int(count) for _, count in words)
