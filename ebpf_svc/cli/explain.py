@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from ebpf_svc.explain import scene as scenes
 from ebpf_svc.explain import target, words
 from ebpf_svc.explain.explain import Explanation
 from ebpf_svc.explain.model import Verdict
+from ebpf_svc.explain.way import Way
 from ebpf_svc.host.lock import lock_holder
 from ebpf_svc.migrate.agent import settings_of_agent
 from ebpf_svc.model.desired import FrontendKey
@@ -124,6 +126,7 @@ def record(told: Explanation) -> dict[str, Any]:
         "backend": at(*backend) if backend else None,
         "masquerade": told.masquerades,
         "hairpin": bool(proof and proof.outcome.hairpin),
+        "way": _way(told.way),
         "endpoints": [
             {
                 "address": at(row.address, row.port),
@@ -143,6 +146,8 @@ def record(told: Explanation) -> dict[str, Any]:
             "tag": proof.tag,
             "verdict": proof.outcome.verdict.value,
             "reason": proof.outcome.reason,
+            "client": told.call.client[0],
+            "seen_as": at(*proof.outcome.seen_as) if proof.outcome.seen_as else None,
             "backend": at(*proof.outcome.backend) if proof.outcome.backend else None,
             "agrees": not proof.differences,
             "differences": proof.differences,
@@ -150,6 +155,13 @@ def record(told: Explanation) -> dict[str, Any]:
         "spread": _spread(told),
         "summary": words.summary(told),
     }
+
+
+def _way(way: Way | None) -> dict[str, Any] | None:
+    """Past the stack or through it, as the trial showed."""
+    if way is None:
+        return None
+    return asdict(way)
 
 
 def _spread(told: Explanation) -> dict[str, int]:

@@ -54,7 +54,7 @@ def resolve(
         ConfigError: it is nobody, or has no address of that family.
     """
     if word == "node":
-        why = "a process of this node: the socket hooks see it connect"
+        why = "a process of this node"
         return Client("", Sources.NODE, why, name="node")
     if word == "localhost":
         why = "a process of this node that calls from its loopback address"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,11 @@ from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole
 from ebpf_svc.dataplane.ebpf.filters import NAME_PREFIX
 from ebpf_svc.dataplane.ebpf.live import Live, Remembered
-from ebpf_svc.dataplane.ebpf.options import hooks_see_pods
+from ebpf_svc.dataplane.ebpf.options import (
+    hooks_see_pods,
+    translates_host_packets,
+    uses_fast_path,
+)
 from ebpf_svc.explain import nothing, proof
 from ebpf_svc.explain.client import Client
 from ebpf_svc.explain.endpoints import Row, rows_of
@@ -29,9 +33,10 @@ from ebpf_svc.explain.model import (
     members,
     predict,
 )
-from ebpf_svc.explain.proof import NOTHING, Proof, Prover, Recollection
+from ebpf_svc.explain.proof import NOTHING, Place, Proof, Prover, Recollection
 from ebpf_svc.explain.scene import Scene
-from ebpf_svc.explain.surroundings import attached
+from ebpf_svc.explain.surroundings import Device, attached
+from ebpf_svc.explain.way import Ground, Way, judge
 from ebpf_svc.host import bpf_prog, callers
 from ebpf_svc.host.links import Side
 from ebpf_svc.model.desired import FrontendKey, FrontendView
@@ -66,13 +71,19 @@ class Explanation:
     rows: list[Row] = field(default_factory=list)
     affinity: Remembered | None = None
     flow: Remembered | None = None
+    device: Device | None = None
+    """Where a program meets the packet: as it comes in, or leaves a process of this node."""
+    side: Side = Side.INGRESS
+    """Which of the two."""
     program: str = ""
-    """The C function on the packet's way in; empty when no program is."""
+    """The C function there; empty when no program is."""
     loaded_tag: str = ""
-    """Of the program attached where the packet comes in; empty when there is none."""
+    """Of the program attached there; empty when there is none."""
     proof: Proof | None = None
     proof_is_of_packet: bool = False
     """The trial is of the packet such a client would send if no hook saw its socket."""
+    way: Way | None = None
+    """Which way the packet of the trial went; None when there was none, or it went nowhere."""
     spread: Counter[End | str] = field(default_factory=Counter)
 
     @property
@@ -93,6 +104,14 @@ class Explanation:
         return self.prediction.chosen
 
     @property
+    def taken(self) -> End | None:
+        """The source a program of ours gave the packet; None when it left that as it was."""
+        if self.proof is None or self.proof_is_of_packet:
+            return None
+        seen_as = self.proof.outcome.seen_as
+        return seen_as if seen_as != self.call.client else None
+
+    @property
     def is_relayed(self) -> bool:
         """Two connections, one to the agent and one from it, instead of a translated one."""
         return self.scene.mode == "userspace"
@@ -109,6 +128,12 @@ class Explanation:
         is_itself = backend[0] == self.call.client[0]
         by_rule = self.prediction.masquerade(self.view, self.call, backend)
         return self.is_relayed or is_itself or bool(by_rule)
+
+    @property
+    def by_host_packet(self) -> bool:
+        """A process of this node calls whose packets are translated where they leave."""
+        is_ours = self.scene.mode == "ebpf" and self.call.kind is Sources.NODE
+        return is_ours and translates_host_packets(self.scene.settings.ebpf)
 
     @property
     def list_name(self) -> ListName:
@@ -148,6 +173,9 @@ def explain(
         address = scene.around.source_to(key.address)
     call = Call((address, port or DEFAULT_PORT), client.kind, key, at_socket)
     told = Explanation(scene, client, call, view, Prediction(Verdict.UNTOUCHED))
+    told.device = client.device
+    if told.by_host_packet:
+        told.device, told.side = scene.around.way_out(key.address, client.address), Side.EGRESS
     _look_at_plan(told)
     view = told.view
     with ExitStack() as stack:
@@ -157,7 +185,7 @@ def explain(
         recollection = _recall(told, call, found, port_matters=bool(port))
         told.affinity, told.flow = recollection.affinity, recollection.flow
         told.prediction = _predict(told, call, recollection.memory)
-        if found is not None and client.address and client.kind is not Sources.NODE:
+        if found is not None and _can_be_tried(told):
             _prove(told, *found, port_matters=bool(port), spread=spread)
     if view is not None:
         known = scene.known.snapshot
@@ -197,6 +225,8 @@ def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
     if told.view is None:
         found = nothing.verdict(told.scene, call.frontend)
         return Prediction(found, "" if found is Verdict.UNTOUCHED else "not_served")
+    if told.by_host_packet and (told.device is None or told.device.role is None):
+        return Prediction(Verdict.UNTOUCHED, "no_program" if told.device else "no_route")
     # The hooks do not know the source yet. A set with the node's address holds the VIP's own, too.
     filtered_as = call.frontend.address if call.at_socket or not call.client[0] else ""
     moves_sctp = told.scene.mode != "ebpf"
@@ -216,36 +246,65 @@ def _recall(
     )
 
 
+def _can_be_tried(told: Explanation) -> bool:
+    """Whether a program meets the call that can be run: socket hooks cannot."""
+    if told.call.kind is Sources.NODE:
+        has_program = told.device is not None and told.device.role is not None
+        return told.by_host_packet and has_program and bool(told.call.client[0])
+    return bool(told.client.address)
+
+
 def _prove(
     told: Explanation, live: Live, artifact: Artifact, *, port_matters: bool, spread: int
 ) -> None:
     """Run the program the client's packets meet; where a socket hook comes first, for comparison
     the one a client without it would meet.
     """
-    device, settings = told.client.device, told.scene.settings
+    device, scene = told.device, told.scene
     role = device.role if device and device.role else DeviceRole.NODE
-    told.program = role.program(Side.INGRESS)
+    told.program = role.program(told.side)
+    place = Place(told.program, device.index if device else 0)
     call = replace(told.call, at_socket=False)
     recollection = _recall(told, call, (live, artifact), port_matters=port_matters)
     prediction = _predict(told, call, recollection.memory)
-    mark = 1 << settings.masquerade_bit
-    with closing(Prover(artifact, live, told.program, mark=mark)) as prover:
+    mark = 1 << scene.settings.masquerade_bit
+    has_drivers = scene.settings.ebpf.xdp and uses_fast_path(scene.settings.ebpf)
+    drivers = scene.around.drivers() if has_drivers else frozenset()
+    back = _back(scene)
+    with closing(Prover(artifact, live, place, mark=mark, back=back, drivers=drivers)) as prover:
         told.proof = prover.prove(call, told.view, prediction, recollection.seeds)
     told.proof_is_of_packet = told.call.at_socket
+    if not told.call.at_socket:
+        ground = Ground(
+            scene.settings.ebpf, device, lambda to: scene.around.way_out(to, ""), live.link
+        )
+        told.way = judge(call, told.proof, place, prediction.by, ground)
     _compare_tags(told, live)
     if spread:
         told.spread = proof.spread(
-            *(artifact, live, told.program, call, recollection.seeds), mark=mark, count=spread
+            *(artifact, live, place, call, recollection.seeds), mark=mark, count=spread
         )
+
+
+def _back(scene: Scene) -> Callable[[str], Place]:
+    """Where an endpoint's answers come in."""
+
+    def place(address: str) -> Place:
+        device = scene.around.device_of(address)
+        if device is None or device.role is None:
+            return Place("")
+        return Place(device.role.program(Side.INGRESS), device.index)
+
+    return place
 
 
 def _compare_tags(told: Explanation, live: Live) -> None:
     """See that the program that was tried is the one that is attached."""
-    device = told.client.device
+    device = told.device
     if told.proof is None or device is None or device.role is None or device.is_guess:
         return
     name = f"{NAME_PREFIX}{told.program}{int(live.family)}"  # as filters call it
-    program_id = attached(device).get(name)
+    program_id = attached(device, told.side).get(name)
     if program_id is None:
         told.proof.differences.append(f"{name} is not attached to {device.name}: no agent serves")
         return

@@ -1,4 +1,4 @@
-"""The packets of a trial as bytes: one that opens a connection, one that answers it."""
+"""The packets of a trial as bytes: one that opens a connection, one that answers it, later ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from ebpf_svc.explain.model import End
 from ebpf_svc.model.net import Family, Protocol, family_of
 
 ETHERNET_BYTES = 14
+MACS_BYTES = 12
+"""Of it, where it goes to and comes from."""
 _ETHERNET = b"\x02\0\0\0\0\x01\x02\0\0\0\0\x0a"
 _TYPES = {Family.V4: b"\x08\x00", Family.V6: b"\x86\xdd"}
 _SYN, _ACK, _RST = 0x02, 0x10, 0x04
-_SCTP_INIT, _SCTP_INIT_ACK = 1, 2
+_SCTP_INIT, _SCTP_INIT_ACK, _SCTP_HEARTBEAT = 1, 2, 4
 _ICMP = {Family.V4: 1, Family.V6: 58}
 
 
@@ -29,32 +31,48 @@ class Ends:
     is_reset: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What tells a packet of a connection's beginning from others."""
+
+    tcp_flags: int
+    sctp_chunk: int
+
+
+_OPENING = _Kind(_SYN, _SCTP_INIT)
+_ANSWER = _Kind(_SYN | _ACK, _SCTP_INIT_ACK)
+_LATER = _Kind(_ACK, _SCTP_HEARTBEAT)
+
+
 def opening(source: End, destination: End, protocol: Protocol, *, ethernet: bool = True) -> bytes:
     """The first packet of a flow."""
-    return _packet(source, destination, protocol, is_answer=False, ethernet=ethernet)
+    return _packet(source, destination, protocol, _OPENING, ethernet=ethernet)
 
 
-def answer(source: End, destination: End, protocol: Protocol, *, ethernet: bool = True) -> bytes:
+def answer(source: End, destination: End, protocol: Protocol) -> bytes:
     """The first answer."""
-    return _packet(source, destination, protocol, is_answer=True, ethernet=ethernet)
+    return _packet(source, destination, protocol, _ANSWER)
+
+
+def later(source: End, destination: End, protocol: Protocol) -> bytes:
+    """One of an open connection, either way."""
+    return _packet(source, destination, protocol, _LATER)
 
 
 def _packet(
-    source: End, destination: End, protocol: Protocol, *, is_answer: bool, ethernet: bool
+    source: End, destination: End, protocol: Protocol, kind: _Kind, *, ethernet: bool = True
 ) -> bytes:
     family = family_of(source[0])
     ends = _wire(source[0]) + _wire(destination[0])
     ports = struct.pack("!HH", source[1], destination[1])
     if protocol is Protocol.TCP:
-        flags = _SYN | _ACK if is_answer else _SYN
-        body = ports + struct.pack("!IIBBHHH", 1000, 0, 5 << 4, flags, 64240, 0, 0)
+        body = ports + struct.pack("!IIBBHHH", 1000, 0, 5 << 4, kind.tcp_flags, 64240, 0, 0)
         at = 16
     elif protocol is Protocol.UDP:
         body = ports + struct.pack("!HH", 8 + 8, 0) + b"question"
         at = 6
     else:
-        chunk = _SCTP_INIT_ACK if is_answer else _SCTP_INIT
-        body = ports + struct.pack("!IIBBH", 0, 0, chunk, 0, 20) + bytes(16)
+        body = ports + struct.pack("!IIBBH", 0, 0, kind.sctp_chunk, 0, 20) + bytes(16)
         at = 0
     if at:  # SCTP's checksum covers no address, and nobody looks at it here
         pseudo = ends + struct.pack("!II", len(body), protocol.number)

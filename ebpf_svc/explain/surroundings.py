@@ -1,4 +1,4 @@
-"""This node's addresses, routes and devices: by which of them a client's packets come in."""
+"""This node's addresses, routes and devices: by which of them packets come in and leave."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole, role_of
+from ebpf_svc.dataplane.ebpf.xdp import is_ours
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import links, rtnetlink
-from ebpf_svc.host.links import Side
+from ebpf_svc.host.links import Link, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Surroundings:
     """The device through which an address is reached; None = no route."""
     source_to: Callable[[str], str]
     """This node's own address for packets to an address; empty = no route."""
+    way_out: Callable[[str, str], Device | None] = lambda *_: None
+    """The device by which packets to an address leave, a bridge rather than its port; the other is
+    this node's address they come from, or empty."""
+    drivers: Callable[[], frozenset[int]] = frozenset
+    """Devices whose drivers run our XDP program."""
 
 
 def look(settings: Settings) -> Surroundings:
@@ -48,7 +54,13 @@ def look(settings: Settings) -> Surroundings:
     from ebpf_svc.watch.addresses import local_addresses  # noqa: PLC0415  # pyroute2 is slow
 
     local = frozenset({*local_addresses(), "127.0.0.1", "::1"})
-    return Surroundings(local, lambda address: device_of(address, settings), source_to)
+    return Surroundings(
+        local_addresses=local,
+        device_of=lambda address: device_of(address, settings),
+        source_to=source_to,
+        way_out=lambda address, source: way_out(address, source, settings),
+        drivers=drivers,
+    )
 
 
 def source_to(address: str) -> str:
@@ -63,24 +75,24 @@ def source_to(address: str) -> str:
             return ""
 
 
+def way_out(address: str, source: str, settings: Settings) -> Device | None:
+    """The device by which packets of this node to an address leave; None = no route, or none from
+    that source, if one is given.
+    """
+    from pyroute2 import IPRoute  # noqa: PLC0415  # slow
+
+    with IPRoute() as netlink:
+        link = _devices().get(_route_index(netlink, address, source))
+    return None if link is None else Device(link.name, link.index, role_of(link, settings.ebpf))
+
+
 def device_of(address: str, settings: Settings) -> Device | None:
     """The device through which an address is reached, a bridge's port rather than the bridge."""
     from pyroute2 import IPRoute  # noqa: PLC0415  # slow
-    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
 
-    opened = rtnetlink.Socket()
-    try:
-        by_index = {link.index: link for link in links.links(opened)}
-    except OSError as error:
-        raise DataplaneError(f"netlink: {error}") from error
-    finally:
-        opened.close()
+    by_index = _devices()
     with IPRoute() as netlink:
-        try:
-            index = netlink.route("get", dst=address)[0].get_attr("RTA_OIF")
-        except (NetlinkError, OSError):
-            return None
-        link = by_index.get(index)
+        link = by_index.get(_route_index(netlink, address))
         if link is None:
             return None
         if link.kind != "bridge":
@@ -92,6 +104,32 @@ def device_of(address: str, settings: Settings) -> Device | None:
         if other.slave_kind == "bridge" and role_of(other, settings.ebpf) is DeviceRole.POD:
             return Device(other.name, other.index, DeviceRole.POD, link.name, is_guess=True)
     return Device(link.name, link.index, None)
+
+
+def _devices() -> dict[int, Link]:
+    opened = rtnetlink.Socket()
+    try:
+        return {link.index: link for link in links.links(opened)}
+    except OSError as error:
+        raise DataplaneError(f"netlink: {error}") from error
+    finally:
+        opened.close()
+
+
+def _route_index(netlink: Any, address: str, source: str = "") -> int:
+    """Index of the device a route leads to; 0 = no route."""
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+
+    given = {"src": source} if source else {}
+    try:
+        return int(netlink.route("get", dst=address, **given)[0].get_attr("RTA_OIF"))
+    except (NetlinkError, OSError):
+        return 0
+
+
+def drivers() -> frozenset[int]:
+    """Devices whose drivers run our XDP program."""
+    return frozenset(link.index for link in _devices().values() if is_ours(link))
 
 
 def _port(netlink: Any, bridge: int, address: str) -> int:
@@ -108,14 +146,11 @@ def _port(netlink: Any, bridge: int, address: str) -> int:
     return 0
 
 
-def attached(device: Device) -> dict[str, int]:
-    """Programs on the ingress of a device: name -> id."""
+def attached(device: Device, side: Side) -> dict[str, int]:
+    """Programs on one side of a device: name -> id."""
     opened = rtnetlink.Socket()
     try:
-        return {
-            each.name: each.program_id
-            for each in links.filters(opened, device.index, [Side.INGRESS])
-        }
+        return {each.name: each.program_id for each in links.filters(opened, device.index, [side])}
     except OSError:
         return {}
     finally:

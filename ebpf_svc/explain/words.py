@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ebpf_svc.dataplane.ebpf.constants import HAIRPIN_ADDRESS
-from ebpf_svc.explain import nothing
+from ebpf_svc.dataplane.ebpf.options import uses_fast_path
+from ebpf_svc.explain import host, nothing, way
 from ebpf_svc.explain.explain import Explanation
 from ebpf_svc.explain.model import (
     ChosenBy,
@@ -64,6 +65,10 @@ def steps(told: Explanation) -> list[Step]:
         if told.prediction.verdict is Verdict.FORWARDED:
             found.append(Step("source", (_masquerade(told),)))
     found.append(Step("hook", tuple(_hook(told))))
+    if sentences := _way(told):
+        found.append(Step("way", tuple(sentences)))
+    if told.way is not None and told.way.driver is not None:
+        found.append(Step("driver", tuple(way.driver_sentences(told.way.driver))))
     found.append(Step("program", tuple(_program(told))))
     return found
 
@@ -79,7 +84,7 @@ def summary(told: Explanation) -> str:
             return f"forwarded to {at(*backend)}"
         return f"forwarded to one of {len(prediction.candidates)} endpoints of {told.name}"
     if prediction.verdict is Verdict.UNTOUCHED:
-        return "not a service: left alone"
+        return host.UNTOUCHED.get(prediction.reason, "not a service: left alone")
     return f"{prediction.verdict.value}: {reason_in_words(prediction.reason)}"
 
 
@@ -199,12 +204,16 @@ def _masquerade(told: Explanation) -> str:
     elif told.proof is not None and told.proof.outcome.hairpin:
         hairpin = HAIRPIN_ADDRESS[family_of(call.frontend.address)]
         how = f"the endpoint is the client itself, so it sees {hairpin} instead (P9)."
+    elif told.by_host_packet:
+        how = host.source(told)
     elif backend is not None and backend[0] == call.client[0]:
         how = "the endpoint is the client itself, so the packet is masqueraded (P9)."
     elif told.prediction.by is ChosenBy.FLOW:
         how = "as with the packets before."
     elif view.frontend.masquerade_for & call.kind:
         how = f"masqueraded, the endpoint sees an address of this node: {_why_masquerade(told)}."
+        if seen := told.taken:
+            how += f" In this trial {at(*seen)}, whose port stands for the client's."
     else:
         how = f"kept, the endpoint sees {call.client[0] or 'the caller'}: {_why_kept(told)}."
     return how
@@ -254,8 +263,8 @@ def _hook(told: Explanation) -> Iterator[str]:
         if client.kind is Sources.POD:
             yield "A pod whose sockets they do not see (a sandbox) meets the tc program below."
     elif client.kind is Sources.NODE:
-        if told.view is not None:
-            yield "none: socketLB is off, and nothing else sees what this node itself sends."
+        if told.by_host_packet:
+            yield host.hook(told)
         else:
             yield "the socket hooks, which leave the call alone."
     elif client.device is None:
@@ -268,15 +277,29 @@ def _hook(told: Explanation) -> Iterator[str]:
     else:
         what = "a port of " + client.device.bridge if client.device.is_guess else client.device.name
         yield f"tc, ingress of {what}, program {told.program}."
-        if scene.settings.ebpf.fast_path:
-            yield "Where both ways allow it, the fast path then takes the packet past the stack."
+
+
+def _way(told: Explanation) -> list[str]:
+    """Past the stack or through it; nothing where the fast path was not asked for."""
+    ebpf = told.scene.settings.ebpf
+    if told.scene.mode != "ebpf" or not ebpf.fast_path:
+        return []
+    if told.way is not None:
+        return way.sentences(told.way)
+    if (
+        told.call.at_socket
+        and told.prediction.verdict is Verdict.FORWARDED
+        and uses_fast_path(ebpf)
+    ):
+        return ["through the stack: the fast path is for what others send, not this node itself."]
+    return []
 
 
 def _program(told: Explanation) -> Iterator[str]:
     proof = told.proof
     if proof is None:
         if told.scene.mode == "ebpf":
-            yield "not tried: what a process of this node sends meets no program but the hooks."
+            yield "not tried: what a process of this node sends meets no program that can be."
         else:
             yield f"none: mode {told.scene.mode} has none to try, this is from the plan and kernel."
         return
@@ -310,7 +333,8 @@ def headers(told: Explanation) -> list[Header]:
     seen = _seen_by_backend(told, backend)
     found = [Header("sent", client, frontend)]
     if seen != client:
-        found += [Header("translated", client, to)] if told.scene.mode == "ebpf" else []
+        in_steps = told.scene.mode == "ebpf" and not told.taken
+        found += [Header("translated", client, to)] if in_steps else []
     found += [
         Header("to the endpoint", seen, to),
         Header("answer", to, seen),
@@ -321,9 +345,9 @@ def headers(told: Explanation) -> list[Header]:
 
 def _seen_by_backend(told: Explanation, backend: End) -> str:
     """The source the endpoint sees."""
-    call, proof = told.call, told.proof
-    if proof is not None and proof.outcome.hairpin and proof.outcome.after:
-        return at(*proof.outcome.after.source)
+    call = told.call
+    if taken := told.taken:
+        return at(*taken)
     if told.masquerades:
         return f"{told.scene.around.source_to(backend[0]) or 'this node'}:any"
     return at(*call.client) if call.client[0] else "node"

@@ -153,13 +153,14 @@ def test_run(
     context: bytes | None = None,
     room: int = 512,
 ) -> Run:
-    """Run a tc program on a packet, without any device.
+    """Run a tc or XDP program on a packet, without any device.
 
     Args:
         fd: the program.
         data: the packet from its Ethernet header on, 14 bytes at least.
         repeat: how often; the kernel reports the mean time.
-        context: a `struct __sk_buff` to start from, e.g. with an ifindex or mark.
+        context: a `struct __sk_buff` to start from, e.g. with an ifindex or mark; for XDP a
+            `struct xdp_md`.
         room: bytes the packet may grow by.
     """
     out = bytearray(len(data) + room)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from ebpf_svc.cli.explain import record
+from ebpf_svc.dataplane.ebpf.constants import FlowFlag
+from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
 from ebpf_svc.errors import CommandError
 from ebpf_svc.explain import client as clients
 from ebpf_svc.explain import scene as scenes
-from ebpf_svc.explain.explain import explain
+from ebpf_svc.explain.explain import explain, folded
 from ebpf_svc.explain.scene import Scene
 from ebpf_svc.model.desired import FrontendKey
-from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.net import Family, Protocol, family_of
 from ebpf_svc.testbed.agent import Agent
 from ebpf_svc.testbed.host import Host, Node
-from ebpf_svc.testbed.traffic import Outcome, Probe, Target, ask_all, connection
+from ebpf_svc.testbed.podnet import PodNetwork
+from ebpf_svc.testbed.traffic import Answer, Outcome, Probe, Target, ask_all, connection
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Endpoint, Web
 from tests.lib.probing import (
@@ -32,13 +37,19 @@ from tests.lib.probing import (
     NODE_PORT_1,
     Row,
     every_pod_network,
+    sent_by_driver,
     table,
+    targets,
 )
 from tests.lib.world import World
+
+FIRST_PORT = 21_000
+"""Of ports the tests choose for their clients: none a system gives away by itself."""
 
 HERE = (CLUSTER_IP, NODE_PORT_1, EXTERNAL_IP, BALANCER)
 """Frontends that node1 translates for whoever sends packets there."""
 DROP_S = 0.4
+Address = tuple[str, int]
 VERDICTS = {
     Outcome.OK: "forwarded",
     Outcome.REFUSED: "refused",
@@ -64,6 +75,15 @@ class Told:
         frontend = FrontendKey(target.address, target.port, target.protocol)
         by_packet = asker is self.world.sandbox1
         return record(explain(self.scene, client, frontend, by_packet=by_packet, **how))
+
+    def flags(self, client: Address, target: Target) -> FlowFlag | None:
+        """Of the flow that node1's programs keep for a client's port; None = they keep none."""
+        assert isinstance(self.scene.dataplane, EbpfDataplane)
+        with self.scene.dataplane.looking_at(family_of(client[0])) as found:
+            assert found is not None
+            frontend = folded(FrontendKey(target.address, target.port, target.protocol))
+            noted = found[0].noted(frontend, client)
+        return noted.flags if noted else None
 
 
 @contextmanager
@@ -110,6 +130,53 @@ def _assert_told(rows: Sequence[Row], world: World) -> None:
         pytest.fail(f"{len(wrong)} of {len(rows)}:\n" + "\n".join(wrong), pytrace=False)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call from a port of ours, and what was said of it before it was made."""
+
+    asker: Host
+    family: Family
+    target: Target
+    said: Mapping[str, Any]
+
+    @property
+    def client(self) -> Address:
+        """As node1's programs see it."""
+        assert self.said["program"] is not None
+        return self.said["program"]["client"], self.target.source_port
+
+    def __repr__(self) -> str:
+        """As a line of a table."""
+        return f"{self.asker.name}:{self.target.source_port} -> {self.target.address} {self.said}"
+
+
+def _foretold(
+    world: World, web: Web, *, askers: Sequence[Host], kinds: Sequence[str], first_port: int
+) -> list[Call]:
+    """What is said of calls by packet, each from a port of its own, that nobody has made yet."""
+    ports = itertools.count(first_port)
+    with _looking(world) as told:
+        calls = [
+            Call(asker, family, target, told.of(asker, target, family, port=target.source_port))
+            for kind in kinds
+            for asker in askers
+            if kind != LOCALHOST or isinstance(asker, Node)
+            for family, plain in targets(world, web, kind)
+            for target in [replace(plain, source_port=next(ports))]
+        ]
+    return [call for call in calls if call.said["at"] == "packet"]
+
+
+def _made(world: World, calls: Sequence[Call]) -> list[tuple[Call, Answer, FlowFlag | None]]:
+    """Make the calls: their answers, and the flows that node1 keeps of them."""
+    answers = ask_all([Probe(call.asker, call.target) for call in calls])
+    with _looking(world) as told:
+        return [
+            (call, answer, told.flags(call.client, call.target))
+            for call, (answer,) in zip(calls, answers, strict=True)
+        ]
+
+
 def _askers(world: World) -> list[Host]:
     """Who meets node1: its pods, a sandbox, itself, and the world outside."""
     node1 = world.cluster.nodes[0]
@@ -124,6 +191,109 @@ def test_explained_is_what_happens(world: World, publish: Publish, policy: str) 
     )
     rows = table(world, web, askers=_askers(world), kinds=(*HERE, LOCALHOST), count=2)
     _assert_told(rows, world)
+
+
+def test_call_is_the_one_that_was_tried(world: World, publish: Publish, dataplane: str) -> None:
+    """From the same port: the endpoint, the source it sees and the way of the packet are those of
+    the trial, also of what processes of the node send where no socket hook translates (P1, P6, P8).
+    """
+    if dataplane != "ebpf":
+        pytest.skip("nothing is tried")
+    web, agent = publish(), world.agents[0]
+    kinds = (CLUSTER_IP, NODE_PORT_1, LOCALHOST)
+    calls = _foretold(world, web, askers=_askers(world), kinds=kinds, first_port=FIRST_PORT)
+    names = {pod.address(family): pod.name for pod in world.webs for family in Family}
+    wrong = []
+    for call, answer, flags in _made(world, calls):
+        tried, way = call.said["program"], call.said["way"]
+        backend, seen_as = (_split(tried[key]) for key in ("backend", "seen_as"))
+        is_fast = bool(flags is not None and flags & FlowFlag.FAST)
+        # What a rule of netfilter masquerades leaves the program as it came.
+        is_seen = (answer.client, answer.client_port) == seen_as or (
+            call.said["masquerade"] and seen_as == call.client
+        )
+        if not (
+            tried["agrees"]
+            and answer.server == names[backend[0]]
+            and is_seen
+            and (way is not None and way["path"] == "fast") is is_fast
+        ):
+            wrong.append(f"{call!r}\n    was {answer}, {flags!r}")
+    assert not wrong, "\n".join(wrong)
+    by_node = [call for call in calls if isinstance(call.asker, Node)]
+    assert bool(by_node) is world.translates_host_packets
+    assert any("egress of lo" in call.said["steps"]["hook"][0] for call in by_node) is bool(by_node)
+    ways = {call.said["way"]["path"] for call in calls if call.said["way"]}
+    assert ways == {"fast" if agent.settings.ebpf.fast_path else "stack"}
+
+
+@every_pod_network
+def test_way_of_a_packet_is_told_on_every_pod_network(world: World, publish: Publish) -> None:
+    """To an endpoint here and one elsewhere: past the stack or through it, and why."""
+    agent = world.agents[0]
+    if world.mode != "ebpf" or not agent.settings.ebpf.fast_path:
+        pytest.skip("every packet goes through the stack")
+    askers, network = [world.sandbox1, world.cluster.client], world.cluster.pod_network
+    for number, pod in enumerate((world.web1, world.web3), 1):
+        calls = _foretold(
+            *(world, publish([pod])),
+            askers=askers,
+            kinds=(CLUSTER_IP, NODE_PORT_1),
+            first_port=FIRST_PORT + 100 * number,
+        )
+        for call, answer, flags in _made(world, calls):
+            way = call.said["way"]
+            assert answer.server == pod.name, call
+            assert flags is not None
+            assert (way["path"] == "fast") is bool(flags & FlowFlag.FAST), call
+            assert way["answer"] == way["path"], call
+            if pod is world.web3 and network is PodNetwork.OVERLAY:
+                assert "flannel.1, which is none of" in way["why"]
+            else:
+                assert (way["path"], way["verdict"]) == ("fast", "TC_ACT_REDIRECT"), call
+                assert way["to_pod"] is (pod is world.web1 and network is PodNetwork.ROUTED)
+            assert call.said["steps"]["way"]
+
+
+def test_call_that_no_packet_can_be_sent_for_is_told(
+    world: World, publish: Publish, dataplane: str
+) -> None:
+    """From the loopback address nothing leaves the node: not forwarded."""
+    if dataplane != "ebpf" or not world.translates_host_packets:
+        pytest.skip("calls of the node are translated before they have a source")
+    web, agent = publish(), world.agents[0]
+    with _looking(world) as told:
+        scene, family = told.scene, Family.V4
+        client = clients.resolve(
+            "localhost", family, scene.settings, known=scene.known, around=scene.around
+        )
+        frontend = FrontendKey(str(web.cluster.v4), 80, Protocol.TCP)
+        said = record(explain(scene, client, frontend))
+    assert (said["verdict"], said["reason"], said["program"]) == ("untouched", "no_route", None)
+    assert "no route leads from 127.0.0.1" in said["steps"]["hook"][0]
+    with agent.node.namespace.entered(), socket.socket() as caller:
+        caller.bind(("127.0.0.1", 0))
+        with pytest.raises(OSError, match="Invalid argument"):
+            caller.connect((str(web.cluster.v4), 80))
+
+
+def test_what_the_driver_does_is_told(world: World, publish: Publish) -> None:
+    """XDP forwards what is open between other machines, and leaves the rest to tc."""
+    agent, family = world.agents[0], Family.V4
+    if world.mode != "ebpf" or not agent.settings.ebpf.xdp:
+        pytest.skip("no driver runs a program of ours")
+    for pod, later in ((world.web3, "XDP_TX"), (world.web1, "XDP_PASS")):
+        target = publish([pod]).at_node(agent.node, family, Protocol.TCP)
+        with _looking(world) as told:
+            driver = told.of(world.cluster.client, target, family)["way"]["driver"]
+        with connection(world.cluster.client, target) as held:
+            assert held.ping().server == pod.name
+            before = sent_by_driver(agent.node)
+            assert all(held.ping().ok for _ in range(20))
+        sent = sent_by_driver(agent.node) - before
+        assert (driver["first"], driver["later"]) == ("XDP_PASS", later)
+        assert driver["answers"] == ("XDP_TX" if pod is world.web3 else "")
+        assert (sent >= 40) is (later == "XDP_TX")
 
 
 @every_pod_network
@@ -300,7 +470,7 @@ def test_command_speaks_in_lines_and_json(world: World, publish: Publish, datapl
     text = agent.command("explain", "outside", "svc", f"tests/{web.name}:tcp")
     assert "\x1b" not in text
     assert f"{web.cluster.v4}:80/TCP is the cluster IP of tests/{web.name}:tcp." in text
-    said = json.loads(agent.command("explain", "localhost", _at(web), "--json"))
+    said = json.loads(agent.command("explain", "node", _at(web), "--json"))
     assert (said["verdict"], said["mode"]) == ("forwarded", dataplane)
     assert said["backend"] == f"{world.web1.address(Family.V4)}:{web.target_port}"
     for words in (("nobody", _at(web)), ("outside", "10.96.0.1"), ("outside", "svc", "a/b")):
@@ -318,6 +488,11 @@ def test_explains_when_no_agent_runs(world: World, publish: Publish, dataplane: 
         pytest.skip("mode userspace ends with its agent")
     assert said["backend"] == f"{world.web1.address(Family.V4)}:{web.target_port}"
     assert said["endpoints"][0]["why"] == "in the Cluster list"
+
+
+def _split(end: str) -> Address:
+    address, _, port = end.rpartition(":")
+    return address.strip("[]"), int(port)
 
 
 def _at(web: Web) -> str:

@@ -42,7 +42,11 @@ VARIANTS = {
         # And go past the stack, or stay in the NIC's driver, where they can.
         Variant("ebpf-fast", "ebpf", {"fast_path": True, "xdp": True}),
         # And host processes' packets where they leave.
-        Variant(*("ebpf-no-sockets", "ebpf"), {"socket_lb": SocketLB.OFF}, modules=MATRIX),
+        Variant(
+            *("ebpf-no-sockets", "ebpf"),
+            {"socket_lb": SocketLB.OFF},
+            modules=MATRIX | {"test_explain"},
+        ),
         Variant("nftables", "nftables"),
         Variant("ipvs", "ipvs"),
         Variant("iptables", "iptables"),

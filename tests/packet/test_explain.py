@@ -24,7 +24,7 @@ from ebpf_svc.explain.model import (
     list_for,
     predict,
 )
-from ebpf_svc.explain.proof import Proof, Prover
+from ebpf_svc.explain.proof import Place, Proof, Prover
 from ebpf_svc.model.desired import FrontendKey, FrontendView
 from ebpf_svc.model.net import Family, Protocol, Sources
 from ebpf_svc.plan.frontends import Matrix, Treatment
@@ -86,9 +86,8 @@ class Site:
             self.live, call, view, list_for(view, kind), netns=0, port_matters=port_matters
         )
         prediction = predict(call, view, found.memory)
-        with closing(
-            Prover(self.artifact, self.live, PROGRAMS[kind], mark=MASQUERADE_MARK)
-        ) as prover:
+        place = Place(PROGRAMS[kind])
+        with closing(Prover(self.artifact, self.live, place, mark=MASQUERADE_MARK)) as prover:
             return prediction, prover.prove(call, view, prediction, found.seeds)
 
 
@@ -138,7 +137,7 @@ def test_row_of_the_traffic_matrix_is_told_and_proved(
         assert proved.outcome.backend in prediction.candidates
         assert proved.outcome.masquerade is bool(masquerade)
         assert proved.reply is not None
-        assert (proved.reply.source, proved.reply.destination) == (vip, client)
+        assert (proved.reply.ends.source, proved.reply.ends.destination) == (vip, client)
 
 
 @VERIFIES
@@ -186,7 +185,7 @@ def test_pod_that_calls_itself_is_proved(site: Site, masquerade: Sources) -> Non
     _, proved = site.ask(Sources.POD, (net.a, 40000), vip)
     assert (proved.outcome.hairpin, proved.differences) == (True, [])
     assert proved.reply is not None
-    assert proved.reply.destination == (net.a, 40000)
+    assert proved.reply.ends.destination == (net.a, 40000)
     _, proved = site.ask(Sources.EXTERNAL, (net.a, 40000), vip)
     assert (proved.outcome.hairpin, proved.outcome.masquerade) == (False, True)
     assert proved.differences == []
@@ -270,7 +269,7 @@ def test_trial_leaves_the_live_maps_alone(site: Site) -> None:
         site.ask(Sources.POD, (net.pod, 40000), (net.vip, port))
     call = Call((net.pod, 0), Sources.POD, FrontendKey(net.vip, 80, Protocol.TCP))
     found = proof.spread(
-        *(site.artifact, site.live, "pod_ingress", call, proof.Seeds()),
+        *(site.artifact, site.live, Place("pod_ingress"), call, proof.Seeds()),
         mark=MASQUERADE_MARK,
         count=50,
     )
@@ -283,7 +282,8 @@ def test_address_nobody_serves_is_untouched(site: Site) -> None:
     net = site.world.net
     call = Call((net.pod, 40000), Sources.POD, FrontendKey(net.router, 80, Protocol.TCP))
     prediction = predict(call, None, Memory())
-    with closing(Prover(site.artifact, site.live, "pod_ingress", mark=MASQUERADE_MARK)) as prover:
+    place = Place("pod_ingress")
+    with closing(Prover(site.artifact, site.live, place, mark=MASQUERADE_MARK)) as prover:
         proved = prover.prove(call, None, prediction, proof.Seeds())
     assert (proved.outcome.verdict, proved.differences) == (Verdict.UNTOUCHED, [])
 

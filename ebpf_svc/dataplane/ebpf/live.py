@@ -13,11 +13,14 @@ from ebpf_svc.dataplane.ebpf.constants import (
     SYN_IDLE_S,
     UDP_IDLE_S,
     BackendFlag,
+    FlowFlag,
     FlowState,
     FrontendFlag,
+    LinkKind,
 )
 from ebpf_svc.dataplane.ebpf.entries import FrontendValue
 from ebpf_svc.dataplane.ebpf.layout import wire_port
+from ebpf_svc.dataplane.ebpf.table import HashTable
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables, Tables
 from ebpf_svc.model.desired import FrontendKey
 from ebpf_svc.model.net import Family, Protocol
@@ -40,6 +43,25 @@ class Remembered:
     counts: bool
     """False: it is there, and a new connection takes no notice: over, or its endpoint is gone."""
     entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What the entry of a flow says of the way its packets take."""
+
+    flags: FlowFlag
+    client_link: int
+    """Index of the device whose other end is the client; 0 = none, or not known."""
+    backend_link: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFacts:
+    """What the fast path may know of a device."""
+
+    kind: LinkKind
+    has_address: bool
+    """The node has one of this family for what leaves by it."""
 
 
 class Live:
@@ -83,7 +105,41 @@ class Live:
 
     def flow(self, value: FrontendValue, frontend: FrontendKey, client: End) -> Remembered | None:
         """The flow a client's port has to a frontend; None when there is none."""
-        table = self._maps.flows
+        found = self._flow(self._maps.flows, value, frontend, client)
+        if found is None:
+            return None
+        entry, at = self._maps.flows.value.unpack(found[1]), self._codec.at_raw
+        idle_s = _idle_s(entry.seen_s)
+        backend = at(entry.backend_addr, entry.backend_port, entry.backend_proto)
+        service, flags = self._backend(entry.backend_id)
+        counts = (
+            not _has_ended(frontend.protocol, entry.state, idle_s)
+            and service == value.service
+            and bool(flags & BackendFlag.SERVING)
+            and self._at(entry.backend_id) == backend
+        )
+        return Remembered(self._codec.endpoint(backend), idle_s, counts, found)
+
+    def noted(
+        self, frontend: FrontendKey, client: End, flows: HashTable | None = None
+    ) -> Noted | None:
+        """What a client's flow to a frontend has noted of its way; None when there is none.
+
+        Args:
+            frontend: what was called.
+            client: who called.
+            flows: a table of the same layout to look in, instead of the live one.
+        """
+        value, table = self.frontend(frontend), flows or self._maps.flows
+        found = self._flow(table, value, frontend, client) if value else None
+        if found is None:
+            return None
+        entry = table.value.unpack(found[1])
+        return Noted(FlowFlag(entry.flags), entry.client_link, entry.backend_link)
+
+    def _flow(
+        self, table: HashTable, value: FrontendValue, frontend: FrontendKey, client: End
+    ) -> Entry | None:
         for second in (0, 1):
             key = table.key.pack(
                 client=self._codec.pton(client[0]),
@@ -96,22 +152,33 @@ class Live:
             if found is None:
                 continue
             entry = table.value.unpack(found)
-            at = self._codec.at_raw
-            if at(entry.frontend_addr, entry.frontend_port, entry.frontend_proto) != (
-                self._codec.key(frontend)
-            ):
-                continue
-            idle_s = _idle_s(entry.seen_s)
-            backend = at(entry.backend_addr, entry.backend_port, entry.backend_proto)
-            service, flags = self._backend(entry.backend_id)
-            counts = (
-                not _has_ended(frontend.protocol, entry.state, idle_s)
-                and service == value.service
-                and bool(flags & BackendFlag.SERVING)
-                and self._at(entry.backend_id) == backend
-            )
-            return Remembered(self._codec.endpoint(backend), idle_s, counts, (key, found))
+            at = self._codec.at_raw(entry.frontend_addr, entry.frontend_port, entry.frontend_proto)
+            if at == self._codec.key(frontend):
+                return key, found
         return None
+
+    def reversed(self, flow: Entry) -> Entry:
+        """The entry of `reverse` by which answers find a flow its backend knows by other ends."""
+        key = self._maps.flows.key.unpack(flow[0])
+        value = self._maps.flows.value.unpack(flow[1])
+        has_port = value.flags & (FlowFlag.SNAT | FlowFlag.PORT)
+        packed = self._maps.reverse.key.pack(
+            backend_addr=value.backend_addr,
+            backend_port=value.backend_port,
+            backend_proto=value.backend_proto,
+            client=value.nat if value.flags & FlowFlag.SNAT else key.client,
+            port=value.nat_port if has_port else key.client_port,
+        )
+        return packed, flow[0]
+
+    def link(self, index: int) -> LinkFacts | None:
+        """What the fast path may know of a device; None = it must not use it."""
+        table = self._maps.links
+        found = table.lookup(table.key.pack(value=index))
+        if found is None:
+            return None
+        entry = table.value.unpack(found)
+        return LinkFacts(LinkKind(entry.kind), any(entry.addr))
 
     def flows_of(self, client: End) -> Iterator[Entry]:
         """Every flow of a client's port, whatever the service; walks the whole table."""

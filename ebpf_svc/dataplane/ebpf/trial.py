@@ -2,7 +2,8 @@
 
 The same bytecode is loaded once more: with the live maps for all that the agent writes, and with
 maps of its own for all that the programs write. What one client left in the live ones can be put
-into these, so that it meets what it would meet.
+into these, so that it meets what it would meet. A trial says where a packet would be sent, and
+sends nothing: who redirects is the kernel, after the program, and nothing comes after this run.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from dataclasses import dataclass
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.dataplane.ebpf.constants import Drop
 from ebpf_svc.dataplane.ebpf.layout import Layout
-from ebpf_svc.dataplane.ebpf.live import Entry, Live
-from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
+from ebpf_svc.dataplane.ebpf.live import End, Entry, Live, Noted
+from ebpf_svc.dataplane.ebpf.programs import PROGRAMS, XDP_PROGRAM
 from ebpf_svc.dataplane.ebpf.table import HashTable, PerCpuArray
 from ebpf_svc.host import bpf, bpf_prog
+from ebpf_svc.model.desired import FrontendKey
 
 OWN = (
     *("flows", "affinity", "fragments", "held", "sockets", "udp_sockets", "reverse"),
     *("service_counters", "drops", "monitor", "events"),
-    *("links", "openings", "holding"),
+    *("openings", "holding"),
 )
-"""Maps a trial has of its own: all that programs write. And no links, so that the packet comes back
-the usual way instead of leaving by a device."""
+"""Maps a trial has of its own: all that programs write."""
 ENTRIES = 8192
 """In each of them: clients a trial can send."""
 _SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor"), 1)
 _SIZES |= {"sockets": 0, "drops": len(Drop), "held": 8}
-_SK_BUFF_BYTES, _MARK_OFFSET = 192, 8
+_SK_BUFF_BYTES, _MARK_OFFSET, _IFINDEX_OFFSET = 192, 8, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Ran:
     """What a program did with a packet."""
 
     verdict: int
-    """`TC_ACT_*`."""
+    """`TC_ACT_*`, of XDP's program `XDP_*`."""
     data: bytes
     mark: int
     drop: Drop | None
@@ -60,7 +61,7 @@ class Trial:
         Raises:
             OSError: the kernel refuses, e.g. for want of rights.
         """
-        self._artifact, self._family = artifact, live.family
+        self._artifact, self._live, self._family = artifact, live, live.family
         self._undo = ExitStack()
         self._programs: dict[str, int] = {}
         try:
@@ -71,6 +72,7 @@ class Trial:
                 self._undo.callback(os.close, fds[name])
             self._flows = self._hash(artifact, fds, "flows")
             self._affinity = self._hash(artifact, fds, "affinity")
+            self._reverse = self._hash(artifact, fds, "reverse")
             shape = artifact.maps["drops"]
             self._drops = PerCpuArray("drops", fds["drops"], *_layouts(shape))
         except BaseException:
@@ -89,33 +91,57 @@ class Trial:
 
     def seed(self, *, flows: Iterable[Entry] = (), affinity: Iterable[Entry] = ()) -> None:
         """Let the client have what it has in the live maps."""
-        self._flows.update(list(flows))
+        flows = list(flows)
+        self._flows.update(flows)
+        self._reverse.update([self._live.reversed(flow) for flow in flows])
         self._affinity.update(list(affinity))
+
+    def noted(self, frontend: FrontendKey, client: End) -> Noted | None:
+        """What the flow a packet opened, or belongs to, has noted of its way."""
+        return self._live.noted(frontend, client, self._flows)
 
     def tag(self, name: str) -> str:
         """What the kernel calls the program's code: the same code has the same tag."""
         return bpf_prog.facts(self._program(name)).tag
 
-    def run(self, name: str, packet: bytes) -> Ran:
+    def run(self, name: str, packet: bytes, *, ifindex: int = 0) -> Ran:
         """Send a packet through a program; for `_l3` programs it starts with its IP header.
+
+        Args:
+            name: the C function.
+            packet: the bytes.
+            ifindex: the device it comes in or leaves by; 0 = none that is known to any map.
 
         Raises:
             OSError, VerifierError: the kernel does not take the program, or does not run it.
         """
         program = self._program(name)
+        context = bytearray(_SK_BUFF_BYTES)
+        struct.pack_into("=I", context, _IFINDEX_OFFSET, ifindex)
         before = self._drops.sums()
-        run = bpf_prog.test_run(program, packet, context=bytes(_SK_BUFF_BYTES))
+        run = bpf_prog.test_run(program, packet, context=bytes(context))
         counted = [a - b for a, b in zip(self._drops.sums(), before, strict=True)]
         drop = next((Drop(index) for index, count in enumerate(counted) if count), None)
         mark = struct.unpack_from("=I", run.context, _MARK_OFFSET)[0]
         return Ran(run.retval, run.data, mark, drop)
 
+    def run_driver(self, packet: bytes, *, ifindex: int) -> Ran:
+        """Send a packet through the program of a NIC's driver.
+
+        Raises:
+            OSError, VerifierError: as `run`; EINVAL also when the driver runs no XDP now.
+        """
+        # struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        context = struct.pack("=6I", 0, len(packet), 0, ifindex, 0, 0)
+        run = bpf_prog.test_run(self._program(XDP_PROGRAM), packet, context=context)
+        return Ran(run.retval, run.data, 0, None)
+
     def _program(self, name: str) -> int:
         if name not in self._programs:
             self._programs[name] = bpf_prog.load(
                 self._artifact.programs[name].relocated(self._fds),
-                program_type=DEVICE_PROGRAMS[name].type,
-                name=DEVICE_PROGRAMS[name].name(self._family),
+                program_type=PROGRAMS[name].type,
+                name=PROGRAMS[name].name(self._family),
             )
             self._undo.callback(os.close, self._programs[name])
         return self._programs[name]
