@@ -262,6 +262,8 @@ def _hook(told: Explanation) -> Iterator[str]:
         yield "They cannot be tried: this is from the model."
         if client.kind is Sources.POD:
             yield "A pod whose sockets they do not see (a sandbox) meets the tc program below."
+            if told.call.frontend.protocol is Protocol.UDP and _is_node_port(told):
+                yield "So does a datagram of a socket that is not connected (B9)."
     elif client.kind is Sources.NODE:
         if told.by_host_packet:
             yield host.hook(told)
@@ -277,6 +279,10 @@ def _hook(told: Explanation) -> Iterator[str]:
     else:
         what = "a port of " + client.device.bridge if client.device.is_guess else client.device.name
         yield f"tc, ingress of {what}, program {told.program}."
+
+
+def _is_node_port(told: Explanation) -> bool:
+    return told.view is not None and told.view.frontend.kind is FrontendKind.NODE_PORT
 
 
 def _way(told: Explanation) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 from ebpf_svc.cli.explain import record
 from ebpf_svc.dataplane.ebpf.constants import FlowFlag
 from ebpf_svc.dataplane.ebpf.dataplane import EbpfDataplane
+from ebpf_svc.dataplane.ebpf.options import hooks_see_pods
 from ebpf_svc.errors import CommandError
 from ebpf_svc.explain import client as clients
 from ebpf_svc.explain import scene as scenes
@@ -275,6 +276,27 @@ def test_call_that_no_packet_can_be_sent_for_is_told(
         caller.bind(("127.0.0.1", 0))
         with pytest.raises(OSError, match="Invalid argument"):
             caller.connect((str(web.cluster.v4), 80))
+
+
+def test_datagram_that_meets_the_program_all_the_same_is_told(
+    world: World, publish: Publish
+) -> None:
+    """B9: of a pod's sockets the hooks translate those that are connected to a node port."""
+    agent, asker, family = world.agents[0], world.shell1, Family.V4
+    if world.mode != "ebpf" or not hooks_see_pods(agent.settings.ebpf):
+        pytest.skip("no hook sees pods' sockets")
+    web = publish(external_local=True)
+    node_port = web.at_node(agent.node, family, Protocol.UDP)
+    for plain, by_program in ((node_port, True), (web.at_cluster_ip(family, Protocol.UDP), False)):
+        free = replace(plain, source_port=FIRST_PORT + 500, connected=False)
+        with _looking(world) as told:
+            said = told.of(asker, plain, family)
+        assert ask_all([Probe(asker, free)])[0][0].ok
+        with _looking(world) as told:
+            flags = told.flags((asker.address(family), free.source_port), free)
+        assert said["at"] == "socket"
+        assert any("not connected" in each for each in said["steps"]["hook"]) is by_program
+        assert (flags is not None) is by_program
 
 
 def test_what_the_driver_does_is_told(world: World, publish: Publish) -> None:

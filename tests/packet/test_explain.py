@@ -100,7 +100,7 @@ def site(world: World, compiled: dict[Family, Artifact]) -> Site:
     return Site(world, compiled[world.family], Live(world.family, Tables(tables)))
 
 
-def _treatment(to: str, policy: str) -> Treatment:
+def traffic_of(to: str, policy: str) -> Treatment:
     """How the planner has a frontend treat its clients."""
     matrix = Matrix(detector=True, masquerade_all=False)
     if to == "internal":
@@ -118,7 +118,7 @@ def test_row_of_the_traffic_matrix_is_told_and_proved(
     source, to, policy, wanted = row
     net, kind = site.world.net, Sources[source]
     vip, everyone, here = (net.vip, 80), [(net.a, 80), (net.b, 80)], [(net.a, 80)]
-    treatment = _treatment(to, policy)
+    treatment = traffic_of(to, policy)
     site.world.service(
         *vip, proto, backends=everyone, local=here,
         local_for=treatment.local_for, masquerade_for=treatment.masquerade_for,

@@ -33,19 +33,16 @@ from ebpf_svc.explain.model import Call, ListName, Verdict, predict
 from ebpf_svc.explain.proof import Place, Proof, Prover
 from ebpf_svc.explain.surroundings import Device
 from ebpf_svc.explain.way import Ground, Way, judge
-from ebpf_svc.host import bpf_prog, links, rtnetlink
-from ebpf_svc.host.bpf_prog import ProgramType
+from ebpf_svc.host import bpf_prog
 from ebpf_svc.model.desired import FrontendKey
 from ebpf_svc.model.net import Family, Protocol, Sources
 from ebpf_svc.testbed.namespace import Namespace
 from tests.lib.packet_world import World, artifacts
 from tests.lib.packets import Address
-from tests.packet.test_explain import Site
+from tests.packet.test_explain import ROWS, Site, traffic_of
 
 FAST, STACK, TURNED = ways.Path.FAST, ways.Path.STACK, ways.Path.TURNED
 MAC = "02:00:00:00:00:99"
-XDP_PASS = struct.pack("=BBhi", 0xB7, 0, 0, 2) + struct.pack("=BBhi", 0x95, 0, 0, 0)
-"""A program: r0 = XDP_PASS; exit."""
 DEVICES = {
     # name: what the fast path knows it as, our role for it
     "pod": (LinkKind.PEER, DeviceRole.POD),
@@ -376,26 +373,16 @@ def test_driver_forwards_what_is_open_between_machines(node: Node, proto: Protoc
         return way.driver
 
     assert not driver(80).is_ours
-    netlink = rtnetlink.Socket()
-    program = bpf_prog.load(XDP_PASS, program_type=ProgramType.XDP)
-    try:
-        for name in ("outside", "there"):
-            assert links.set_xdp(netlink, node.devices[name].index, program) is None
-        node.drivers = {"outside", "there"}
-        found = driver(80)
-        assert (found.first, found.later) == ("XDP_PASS", "XDP_REDIRECT")
-        assert (found.answers, found.why) == ("XDP_REDIRECT", "")
-        assert "opens flows" in ways.driver_sentences(found)[0]
-        found = driver(81)
-        assert (found.later, found.answers) == ("XDP_PASS", "")
-        assert "a pod of this node" in found.why
-        assert driver(82).why == "the neighbour's address is not known yet"
-        assert driver(83).why == "the flow does not take the fast path"
-    finally:
-        for name in node.drivers:
-            links.set_xdp(netlink, node.devices[name].index, -1)
-        netlink.close()
-        os.close(program)
+    node.drivers = {"outside", "there"}
+    found = driver(80)
+    assert (found.first, found.later) == ("XDP_PASS", "XDP_REDIRECT")
+    assert (found.answers, found.why) == ("XDP_REDIRECT", "")
+    assert "opens flows" in ways.driver_sentences(found)[0]
+    found = driver(81)
+    assert (found.later, found.answers) == ("XDP_PASS", "")
+    assert "a pod of this node" in found.why
+    assert driver(82).why == "the neighbour's address is not known yet"
+    assert driver(83).why == "the flow does not take the fast path"
 
 
 @TCP_AND_UDP
@@ -429,6 +416,30 @@ def test_process_of_the_node_is_tried_where_its_packet_leaves(
             assert proved.reply is not None
             assert proved.reply.ends.source == (to, port)
             assert proved.reply.ends.destination == (own, 40000)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row[0] == "NODE"], ids="-".join)
+def test_row_of_the_traffic_matrix_is_proved_for_the_node(
+    without_hooks: Node, row: tuple[str, str, str, str]
+) -> None:
+    """The node's list is that of the table (P1, P5), for as many calls as meet every endpoint."""
+    node = without_hooks
+    world, net, (_, to, policy, wanted) = node.site.world, node.site.world.net, row
+    everyone, here = [(net.a, 80), (net.b, 80)], [(net.a, 80)]
+    treatment = traffic_of(to, policy)
+    world.service(
+        *(net.vip, 80), backends=everyone, local=here,
+        local_for=treatment.local_for, masquerade_for=treatment.masquerade_for,
+    )  # fmt: skip
+    node.ask(*((net.node, 40000), (net.vip, 80), "there"), kind=Sources.NODE, program="egress")
+    call = Call((net.node, 0), Sources.NODE, FrontendKey(net.vip, 80, Protocol.TCP))
+    reached = proof.spread(
+        *(node.site.artifact, node.site.live, Place("egress", node.devices["there"].index)),
+        *(call, proof.Seeds()),
+        mark=MASQUERADE_MARK,
+        count=24,
+    )
+    assert set(reached) == set(here if wanted.startswith("L") else everyone)
 
 
 def test_process_of_the_node_is_turned_away_by_its_packet(without_hooks: Node) -> None:

@@ -129,7 +129,7 @@ class Trial:
         """Send a packet through the program of a NIC's driver.
 
         Raises:
-            OSError, VerifierError: as `run`; EINVAL also when the driver runs no XDP now.
+            OSError, VerifierError: as `run`.
         """
         # struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         context = struct.pack("=6I", 0, len(packet), 0, ifindex, 0, 0)
