@@ -18,6 +18,7 @@ import pytest
 from ebpf_svc.config import EbpfSettings, SocketLB
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.constants import (
+    FAST_PATH_KERNEL,
     MASQUERADE_MARK,
     NAT_PORTS,
     NO_LINK,
@@ -37,6 +38,7 @@ from ebpf_svc.host import bpf_prog
 from ebpf_svc.model.desired import FrontendKey
 from ebpf_svc.model.net import Family, Protocol, Sources
 from ebpf_svc.testbed.namespace import Namespace
+from tests.lib.kernel import running_kernel
 from tests.lib.packet_world import World, artifacts
 from tests.lib.packets import Address
 from tests.packet.test_explain import ROWS, Site, traffic_of
@@ -174,6 +176,8 @@ every_family = pytest.fixture(scope="module", params=list(Family), ids=lambda ea
 def built(
     request: pytest.FixtureRequest, artifact_cache: Path, namespace: Namespace
 ) -> Iterator[Node]:
+    if running_kernel() < FAST_PATH_KERNEL:
+        pytest.skip("the fast path is not used on this kernel")
     found = artifacts(artifact_cache, translate_pods=False, fast_path=True, xdp=True)
     yield from _built(request.param, found[request.param], namespace)
 
