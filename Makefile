@@ -14,6 +14,8 @@ runs = $(wildcard $(patsubst %,docs/benchmarks/%.json,path path-6 path-xdp path-
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
 emulator := qemu-system-x86 busybox-static kmod e2fsprogs
+# And to build kernels that run as a process.
+kernel_builders := gcc make libc6-dev flex bison bc xz-utils
 # Where `make real` builds what it runs beside.
 KUBERNETES ?= /var/lib/ebpf-svc-kubernetes
 # make behaviour K=nodeport ARGS=-x
@@ -83,9 +85,9 @@ else
 		$(pytest) tests/behaviour --last-failed --last-failed-no-failures none; }
 endif
 
-vm: need-root bootstrap ## programs, packets and a behaviour a promise on other kernels, emulated (root, qemu)
-	@dpkg-query -W $(emulator) >/dev/null 2>&1 || { apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(emulator) >/dev/null; }
+vm: need-root bootstrap ## programs, packets, behaviours on other kernels, emulated or as a process (root, qemu)
+	@dpkg-query -W $(emulator) $(kernel_builders) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(emulator) $(kernel_builders) >/dev/null; }
 	@$(python) -m tests.vm ring $(ARGS)
 
 behaviours: behaviour behaviour-page ## docs/behaviours.md from a run of the behaviour ring and what the vm ring left (root)

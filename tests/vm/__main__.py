@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from tests.vm import guest, kernels, suite
+from tests.vm import guest, kernels, machines, suite
 from tests.vm.guest import GuestFailed
 from tests.vm.kernels import NoKernel
 
 
 @click.group()
 def main() -> None:
-    """Other kernels than this machine's, emulated."""
+    """Other kernels than this machine's, emulated or as a process."""
 
 
 @main.command("kernels")
@@ -26,7 +26,7 @@ def show_kernels(update: bool) -> None:
     lacking = False
     for row in kernels.wanted():
         try:
-            release = kernels.obtain(row, update=update).release
+            release = machines.obtain(row, update=update).release
         except NoKernel as error:
             release = f"cannot be had{' (required)' if row.required else ''}: {error}"
             lacking |= row.required
@@ -59,7 +59,7 @@ def run(
     """
     folder = out or suite.LOGS / kernel / f"run-{os.getpid()}"
     try:
-        booted = kernels.obtain(kernels.find(kernel))
+        booted = machines.obtain(kernels.find(kernel))
         outcome = guest.run(
             booted,
             command,
@@ -83,15 +83,15 @@ def run(
 @main.command()
 @click.option("--kernel", "names", multiple=True, help="Only this one; repeatable.")
 @click.option("--only", multiple=True, help="Only this part, e.g. packet or smoke; repeatable.")
-@click.option("--whole", is_flag=True, help="Everything everywhere: hours.")
-@click.option("--machines", default=suite.machines_here(), show_default=True, help="At a time.")
-def ring(*, names: tuple[str, ...], only: tuple[str, ...], whole: bool, machines: int) -> None:
+@click.option("--whole", is_flag=True, help="In the emulator, too: hours.")
+@click.option("--abreast", default=suite.abreast_here(), show_default=True, help="At a time.")
+def ring(*, names: tuple[str, ...], only: tuple[str, ...], whole: bool, abreast: int) -> None:
     """Run the ring: programs, packets, one behaviour test a promise; print the table."""
     try:
         wanted = [kernels.find(name) for name in names] or list(kernels.wanted())
     except NoKernel as error:
         raise click.UsageError(str(error)) from error
-    rows = suite.run(wanted, only=only, whole=whole, machines=machines, say=click.echo)
+    rows = suite.run(wanted, only=only, whole=whole, abreast=abreast, say=click.echo)
     click.echo(suite.table(rows))
     sys.exit(int(not all(row.ok for row in rows)))
 

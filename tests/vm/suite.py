@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebpf_svc.bench import vm
 from tests.lib.matrix import Results
 from tests.lib.variants import VARIANTS
-from tests.vm import artifacts, guest, kernels
+from tests.vm import artifacts, guest, machines
 from tests.vm.guest import GuestFailed
-from tests.vm.kernels import Kernel, NoKernel, Wanted
+from tests.vm.kernels import USER_MODE, Kernel, NoKernel, Wanted
 
 LOGS = Path("test-logs/vm")
 RESULTS = "results/results.json"
@@ -27,13 +28,24 @@ PYTEST = (
     *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
 )
 PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
-"""Of the packet ring, what kernels can differ in most; the oldest is asked all of it."""
-EBPF_VARIANTS = ("ebpf", "ebpf-fast")
-"""Every program is in one of them. The oldest kernel is asked the first alone: docs/kernels.md says
-what becomes of the fast path there."""
+"""Of the packet ring, what kernels can differ in most. An emulated one is asked no more, but the
+oldest, where no process of the same version is.
+"""
+FAST = "ebpf-fast"
+"""docs/kernels.md says what becomes of the fast path on the oldest kernel, and of programs in a
+driver (XDP) where a kernel is a process.
+"""
 BETWEEN = (("ebpf", "ipvs", "nftables"), ("ebpf-fast", "iptables", "userspace"))
-"""Variants tried on kernels between the oldest and the newest, by turns."""
-WHOLE_OF = {"6.1": "ipvs"}
+"""Variants tried on emulated kernels between the oldest and the newest, by turns."""
+REQUESTS_ON = vm.KERNEL
+"""Where instructions per request are counted."""
+REQUESTS = (
+    f"modprobe -a {' '.join(vm.MODULES)} && "
+    ".venv/bin/python -m ebpf_svc.bench.path --json test-logs/path.json --services 1 --rounds 1 "
+    "--ms 10 --variants direct ebpf ebpf-tc ebpf-fast ipvs --measures connect udp && "
+    ".venv/bin/python -m tests.vm.requests test-logs/path.json tests/vm/requests.json"
+)
+WHOLE_OF = {"6.12-um": "ipvs"}
 """Modes this machine's kernel may lack, and a kernel that has them."""
 
 
@@ -44,6 +56,8 @@ class Job:
     kernel: str
     what: str
     command: tuple[str, ...]
+    count_instructions: bool = False
+    """By the guest's clock."""
 
     @property
     def out(self) -> Path:
@@ -68,30 +82,52 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     Args:
         names: of kernels, oldest first.
         only: the parts wanted; none = all.
-        whole: every packet and mode on every kernel, and the behaviour suite of `WHOLE_OF`: hours.
+        whole: every packet and mode on emulated kernels, too, and the behaviour suite of
+            `WHOLE_OF`: hours.
     """
-    modes = [each.name for each in VARIANTS.values() if each.mode != "ebpf"]
     made = []
     for name in names:
         if whole and name in WHOLE_OF:
             mode = WHOLE_OF[name]
-            command = (*PYTEST, "tests/behaviour", "--dataplane", mode)
+            # What is no variant's was tried on this machine's kernel.
+            command = (*PYTEST, "tests/behaviour", "--dataplane", mode, "-k", f"{mode} or switch")
             made.append(Job(name, f"behaviour-{mode}", command))
-        marks = ("-m", "not compiles" if whole else "not compiles and not verifies")
-        if whole or name == names[0]:
-            made.append(Job(name, "packet", (*PYTEST, "tests/packet", *marks)))
+        if name == REQUESTS_ON:
+            made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
+        is_process = name.endswith(USER_MODE)
+        if is_process or whole or (name == names[0] and name + USER_MODE not in names):
+            marks = "not compiles" if is_process or whole else _LIGHT
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", marks)))
         else:
             modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
-            made.append(Job(name, "programs", (*PYTEST, *modules, *marks)))
-        is_end = name in (names[0], names[-1])
-        ebpf = EBPF_VARIANTS[:1] if name == names[0] and len(names) > 1 else EBPF_VARIANTS
-        turn = BETWEEN[(names.index(name) - 1) % len(BETWEEN)]
-        variants = (*ebpf, *modes) if whole or is_end else turn
-        chosen = [word for variant in variants for word in ("--dataplane", variant)]
-        made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
-    order = ("behaviour", "packet", "smoke", "programs")
+            made.append(Job(name, "programs", (*PYTEST, *modules, "-m", _LIGHT)))
+        variants = _variants(name, names, whole=whole)
+        if variants:
+            chosen = [word for variant in variants for word in ("--dataplane", variant)]
+            made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
+    order = ("behaviour", "packet", "smoke", "requests", "programs")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
     return [job for job in made if not only or job.what in only]
+
+
+_LIGHT = "not compiles and not verifies"
+"""Without what takes an emulated machine long."""
+
+
+def _variants(name: str, names: Sequence[str], *, whole: bool) -> Sequence[str]:
+    """What a kernel is asked a behaviour a promise of."""
+    emulated = [each for each in names if not each.endswith(USER_MODE)]
+    fast = () if name == names[0] and len(emulated) > 1 else (FAST,)
+    if name.endswith(USER_MODE):
+        return [each for each in VARIANTS if each != FAST]
+    if whole:
+        return [each for each in VARIANTS if each != FAST or fast]
+    if name + USER_MODE in names:
+        return fast
+    if name in (emulated[0], emulated[-1]):
+        modes = [each.name for each in VARIANTS.values() if each.mode != "ebpf"]
+        return ("ebpf", *fast, *modes)
+    return BETWEEN[(emulated.index(name) - 1) % len(BETWEEN)]
 
 
 def run(
@@ -99,7 +135,7 @@ def run(
     *,
     only: Sequence[str],
     whole: bool,
-    machines: int,
+    abreast: int,
     say: Callable[[str], None],
 ) -> list[Row]:
     """Run the ring; returns its table."""
@@ -108,7 +144,7 @@ def run(
     for row in wanted:
         begun = time.monotonic()
         try:
-            have[row.name] = kernel = kernels.obtain(row)
+            have[row.name] = kernel = machines.obtain(row)
             artifacts.prepare(kernel)
         except NoKernel as error:
             rows.append(Row(row.name, "kernel", f"cannot be had: {error}", not row.required))
@@ -116,9 +152,7 @@ def run(
         else:
             taken_s = time.monotonic() - begun
             rows.append(Row(row.name, "kernel", kernel.release, True, taken_s))
-    if have:
-        guest.python_image()
-    with ThreadPoolExecutor(machines) as pool:
+    with ThreadPoolExecutor(abreast) as pool:
         todo = jobs(list(have), only=only, whole=whole)
         rows += pool.map(lambda job: _run(job, have[job.kernel], say), todo)
     return rows
@@ -131,8 +165,14 @@ def _run(job: Job, kernel: Kernel, say: Callable[[str], None]) -> Row:
     shutil.rmtree(job.out, ignore_errors=True)
     begun = time.monotonic()
     try:
-        # Not by a clock that counts instructions: that takes twice as long.
-        outcome = guest.run(kernel, job.command, job.out, memory=MEMORY, deadline_s=DEADLINE_S)
+        outcome = guest.run(
+            kernel,
+            job.command,
+            job.out,
+            memory=MEMORY,
+            deadline_s=DEADLINE_S,
+            count_instructions=job.count_instructions,
+        )
         status, failure = outcome.status, ""
     except GuestFailed as error:
         status, failure = 125, str(error)
@@ -180,6 +220,6 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def machines_here() -> int:
-    """How many machines of one processor this one can emulate side by side."""
+def abreast_here() -> int:
+    """How many machines of one processor this one has room for side by side."""
     return max(1, os.cpu_count() or 1)
