@@ -53,17 +53,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
         if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root (namespaces, BPF): sudo make test"))
         name = _variant_of(item)
-        test = getattr(item, "originalname", item.name)
         mode = VARIANTS[name].mode if name else ""
         if _parameters(item).get("pod_network", PodNetwork.BRIDGE) != PodNetwork.BRIDGE:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "smoke"]
-        reason = reason_of(name, mode, test, kernel)
+        reason = reason_of(name, mode, _names(item), kernel)
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     yield
     # A variant at a time, whatever else its tests are parametrized by: its clusters are made once.
     order = {name: number for number, name in enumerate(VARIANTS, 1)}
     items.sort(key=lambda item: order.get(_variant_of(item), 0))
+
+
+def _names(item: pytest.Item) -> list[str]:
+    """The test function, alone and with each of its parameters."""
+    test = getattr(item, "originalname", item.name)
+    callspec = getattr(item, "callspec", None)
+    return [test, *(f"{test}[{each}]" for each in (callspec.id.split("-") if callspec else ()))]
 
 
 def _parameters(item: pytest.Item) -> Mapping[str, Any]:

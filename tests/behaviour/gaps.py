@@ -5,6 +5,9 @@ Closing a gap fails the run until its row goes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
+
 _RELAYED = "the relay connects to backends itself, so they see the node; kube-proxy's did, too (U7)"
 _WITH_AGENT = "the agent is the relay: without it nothing serves, as with kube-proxy's (Z2, U1)"
 
@@ -15,6 +18,11 @@ _ONE_LIST = "a virtual server has one list of endpoints for all its clients, as 
 _ONE_PORT = (
     "IPVS keeps a client's port: two connections from one port that meet at a pod are one there, "
     "as with kube-proxy"
+)
+
+_NO_MEMORY_OF_ITS_OWN_CALLS = (
+    "IPVS takes an answer to a node's own call from the number of a node port for a request, "
+    "whatever connection tracking knows, as for kube-proxy (B9)"
 )
 
 _TOO_BIG = (
@@ -36,12 +44,26 @@ GAPS: dict[tuple[str, str], str] = {
     ),
     ("ipvs", "test_port_used_for_two_services_of_one_pod_has_two_connections"): _ONE_PORT,
     ("ipvs", "test_port_used_for_a_service_may_be_used_for_its_pod"): _ONE_PORT,
+    (
+        "ipvs",
+        "test_connection_from_the_number_of_a_node_port_gets_its_answers",
+    ): _NO_MEMORY_OF_ITS_OWN_CALLS,
+    (
+        "ipvs",
+        "test_datagrams_from_the_number_of_a_node_port_get_their_answers",
+    ): _NO_MEMORY_OF_ITS_OWN_CALLS,
+    (
+        "ipvs",
+        "test_datagrams_of_an_unconnected_socket_get_their_answers",
+    ): _NO_MEMORY_OF_ITS_OWN_CALLS,
     ("ipvs", "test_explained_is_what_happens_without_local_endpoints"): (
         "a Local virtual server with no endpoint here sends to others, unmasqueraded, as "
         "kube-proxy's (V8): `explain` tells so, but not that the answers then miss the node"
     ),
     ("ipvs", "test_large_datagrams_pass_through_services"): _TOO_BIG,
     ("ipvs", "test_large_datagrams_reach_a_node_port_of_the_node_itself"): _TOO_BIG,
+    ("ipvs", "test_datagram_cut_in_pieces_arrives_whole[IPv6]"): _TOO_BIG,
+    ("ipvs", "test_datagram_cut_in_pieces_arrives_whole_the_first_piece_last[IPv6]"): _TOO_BIG,
     ("ipvs", "test_node_ports_answer_on_loopback_of_both_families"): (
         "what comes from 127.0.0.1 is left alone, as by kube-proxy in this mode (V7)"
     ),
@@ -114,7 +136,7 @@ GAPS: dict[tuple[str, str], str] = {
         "counters of rules see the first packet of a connection; kube-proxy has no such metric"
     ),
 }
-"""(dataplane or variant, test function) -> why, in a sentence."""
+"""(dataplane or variant, test function or one of its parameters) -> why, in a sentence."""
 
 _NO_ERROR_OF_ITS_OWN = (
     "before Linux 5.18 a socket hook cannot choose the error: processes get EPERM at once, "
@@ -127,10 +149,10 @@ KERNEL_GAPS: dict[tuple[str, str], tuple[tuple[int, int], str]] = {
 """The same for older kernels: (first Linux without the gap, why)."""
 
 
-def reason_of(variant: str, mode: str, test: str, kernel: tuple[int, int]) -> str | None:
-    """Why a test is expected to fail, or None."""
-    for who in (variant, mode):
-        until, why = KERNEL_GAPS.get((who, test), ((0, 0), ""))
-        if found := GAPS.get((who, test)) or (kernel < until and why):
+def reason_of(variant: str, mode: str, tests: Iterable[str], kernel: tuple[int, int]) -> str | None:
+    """Why a test, by any of the names a row may have for it, is expected to fail, or None."""
+    for row in product((variant, mode), tests):
+        until, why = KERNEL_GAPS.get(row, ((0, 0), ""))
+        if found := GAPS.get(row) or (kernel < until and why):
             return found
     return None

@@ -28,7 +28,7 @@ class Site:
 
     def __init__(self, cluster: Cluster, mode: str) -> None:
         (self.node,) = cluster.nodes
-        self.cluster = cluster
+        self.cluster, self.mode = cluster, mode
         pod = self.node.add_pod("web1")
         serve(pod, tcp=[WEB.target_port])
         manifests = cluster.folder / "manifests"
@@ -75,7 +75,8 @@ def test_node_port_addresses_change_without_a_restart(site: Site) -> None:
     with load(site.node, [cluster_ip], workers=2) as running:
         site.change(node_port_addresses=["127.0.0.0/8", "::1/128"])
         eventually(site.node_port_answers, until=lambda ok: not ok, within_s=TAKEN_S)
-        assert _answers(site.node, WEB.at_localhost(Family.V4, Protocol.TCP))
+        if site.mode != "ipvs":  # it leaves alone what comes from 127.0.0.1 (V7)
+            assert _answers(site.node, WEB.at_localhost(Family.V4, Protocol.TCP))
         site.change(node_port_addresses=[])
         eventually(site.node_port_answers, within_s=TAKEN_S)
         served = running.stop()
