@@ -52,14 +52,14 @@ def test_kernel_as_a_process_is_one_that_is_emulated_too() -> None:
 
 
 def test_every_kernel_is_asked_the_oldest_and_processes_all() -> None:
-    """Programs everywhere, every packet where most is missing or it is quick."""
+    """Programs everywhere, every packet where most is missing or it is quick; ipvs once whole."""
     parts = [(job.kernel, job.what) for job in suite.jobs(NAMES)]
 
     assert sorted(parts) == [
         *[("5.10", "packet"), ("5.10", "smoke")],
         *[("6.1", "programs"), ("6.1", "requests"), ("6.1", "smoke")],
         *[("6.12", "programs"), ("6.12", "smoke")],
-        *[("6.12-um", "packet"), ("6.12-um", "smoke")],
+        *[("6.12-um", "behaviour-ipvs"), ("6.12-um", "packet"), ("6.12-um", "smoke")],
         *[("7.2", "programs"), ("7.2", "smoke")],
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -23,10 +24,9 @@ RESULTS = "results/results.json"
 """Below a job's test-logs; `make behaviours` looks for them."""
 DEADLINE_S = 2400.0
 MEMORY = "3G"
-PYTEST = (
-    *(".venv/bin/python", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"),
-    *("--timeout", "600", "--durations", "15", "--results", f"test-logs/{RESULTS}"),
-)
+_PYTEST = (".venv/bin/python", "-m", "pytest", "-q", "--no-header", "--timeout", "600")
+_NOTED = ("--durations", "15", "--results", f"test-logs/{RESULTS}")
+PYTEST = (*_PYTEST, "-p", "no:cacheprovider", *_NOTED)
 PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
 """Of the packet ring, what kernels can differ in most. An emulated one is asked no more, but the
 oldest, where no process of the same version is.
@@ -82,16 +82,13 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     Args:
         names: of kernels, oldest first.
         only: the parts wanted; none = all.
-        whole: every packet and mode on emulated kernels, too, and the behaviour suite of
-            `WHOLE_OF`: hours.
+        whole: every packet and mode on emulated kernels, too: hours.
     """
     made = []
     for name in names:
-        if whole and name in WHOLE_OF:
+        if name in WHOLE_OF:
             mode = WHOLE_OF[name]
-            # What is no variant's was tried on this machine's kernel.
-            command = (*PYTEST, "tests/behaviour", "--dataplane", mode, "-k", f"{mode} or switch")
-            made.append(Job(name, f"behaviour-{mode}", command))
+            made.append(Job(name, f"behaviour-{mode}", ("sh", "-c", _behaviour(mode))))
         if name == REQUESTS_ON:
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
@@ -108,6 +105,15 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     order = ("behaviour", "packet", "smoke", "requests", "programs")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
     return [job for job in made if not only or job.what in only]
+
+
+def _behaviour(mode: str) -> str:
+    """The behaviour suite of a mode, and what failed once more and alone, as `make behaviour`."""
+    # What is no variant's was tried on this machine's kernel.
+    chosen = ["tests/behaviour", "--dataplane", mode, "-k", f"{mode} or switch"]
+    again = ["--last-failed", "--last-failed-no-failures", "none"]
+    first, second = (shlex.join([*_PYTEST, *rest, *chosen]) for rest in (_NOTED, again))
+    return f"{first} || {{ echo '== what failed, once more and alone'; {second}; }}"
 
 
 _LIGHT = "not compiles and not verifies"
