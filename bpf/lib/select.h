@@ -105,26 +105,22 @@ static __always_inline __u32 affinity_recall(const struct affinity_value *known,
 }
 
 /* Where the client stays from now on. What is known is written in place: an update
- * gives the entry to another client while a third CPU may still read it. And the
- * first of two connections that come at once decides for both.
+ * gives the entry to another client while a third CPU may still read it.
  */
-static __always_inline __u32 affinity_renew(struct affinity_key *client,
-					    struct affinity_value *known, __u32 backend_id,
-					    __u32 now_s)
+static __always_inline void affinity_renew(struct affinity_key *client,
+					   struct affinity_value *known, __u32 backend_id,
+					   __u32 now_s)
 {
 	struct affinity_value fresh = { .backend_id = backend_id, .seen_s = now_s };
 
 	if (!known) {
-		if (!affinity.insert(client, &fresh))
-			return backend_id;
-		known = affinity.lookup(client);
-		return known ? known->backend_id : backend_id;
+		affinity.insert(client, &fresh);
+		return;
 	}
 	if (known->backend_id != backend_id)
 		known->backend_id = backend_id;
 	if (known->seen_s != now_s)
 		known->seen_s = now_s;
-	return backend_id;
 }
 
 /* The backend in a list for a new flow of a client: the one it stays with, else the
@@ -144,7 +140,9 @@ static __always_inline __u32 choose(const struct frontend_value *frontend,
 	id = affinity_recall(known, client->service, list->member, frontend->affinity_s, now_s);
 	if (id == NO_BACKEND)
 		id = backend_at(list, fraction);
-	return id == NO_BACKEND ? id : affinity_renew(client, known, id, now_s);
+	if (id != NO_BACKEND)
+		affinity_renew(client, known, id, now_s);
+	return id;
 }
 
 /* The same for the client of a packet. */
