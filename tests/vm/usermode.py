@@ -39,7 +39,9 @@ for folder in {folders}; do mount --bind "$folder" "$work/root$folder"; done
 mount --bind {out} $work/root{guest_out}
 cd $work/root
 export TMPDIR=$work/memory HOME=$work/memory LD_PRELOAD={state}
-exec {image} root=/dev/root rootfstype=hostfs rootflags=$work/root rw mem={memory} \\
+# Not this shell's successor: a kernel that panics aborts, which the first process of a namespace
+# does not die of.
+{image} root=/dev/root rootfstype=hostfs rootflags=$work/root rw mem={memory} \\
     init={guest_out}/guest.sh con=null con0=fd:0,fd:1 quiet seccomp=auto
 """
 
@@ -52,11 +54,11 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
+mkdir -p {kept_venv}
+mount --bind {venv} {kept_venv}
 mount -t tmpfs tmpfs /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-echo 1 >/proc/sys/net/core/fb_tunnels_only_for_init_net
-mkdir -p {kept_venv}
-mount --bind {venv} {kept_venv}"""
+echo 1 >/proc/sys/net/core/fb_tunnels_only_for_init_net"""
 
 FLAGS = "-DCONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS=1"
 """The verifier asks that of a processor before it lets programs read words where packets have them.
