@@ -82,13 +82,17 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     Args:
         names: of kernels, oldest first.
         only: the parts wanted; none = all.
-        whole: every packet and mode on emulated kernels, too: hours.
+        whole: every packet and mode on emulated kernels, too, and switching from and to the mode
+            of `WHOLE_OF`: hours.
     """
     made = []
     for name in names:
         if name in WHOLE_OF:
             mode = WHOLE_OF[name]
             made.append(Job(name, f"behaviour-{mode}", ("sh", "-c", _behaviour(mode))))
+            if whole:
+                switching = (*PYTEST, "tests/behaviour/test_switch.py", "--dataplane", mode)
+                made.append(Job(name, f"switch-{mode}", switching))
         if name == REQUESTS_ON:
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
@@ -102,7 +106,7 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
         if variants:
             chosen = [word for variant in variants for word in ("--dataplane", variant)]
             made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
-    order = ("behaviour", "packet", "smoke", "requests", "programs")
+    order = ("behaviour", "switch", "packet", "smoke", "requests", "programs")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
     return [job for job in made if not only or job.what in only]
 
@@ -110,7 +114,7 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
 def _behaviour(mode: str) -> str:
     """The behaviour suite of a mode, and what failed once more and alone, as `make behaviour`."""
     # What is no variant's was tried on this machine's kernel.
-    chosen = ["tests/behaviour", "--dataplane", mode, "-k", f"{mode} or switch"]
+    chosen = ["tests/behaviour", "--dataplane", mode, "-k", mode]
     again = ["--last-failed", "--last-failed-no-failures", "none"]
     first, second = (shlex.join([*_PYTEST, *rest, *chosen]) for rest in (_NOTED, again))
     return f"{first} || {{ echo '== what failed, once more and alone'; {second}; }}"
