@@ -54,6 +54,7 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
+# Before the guest's own /tmp, below which the repository may be.
 mkdir -p {kept_venv}
 mount --bind {venv} {kept_venv}
 mount -t tmpfs tmpfs /tmp
@@ -69,8 +70,9 @@ POWER_OFF = "python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'"
 
 def cached(name: str) -> Kernel | None:
     """The kernel of that name, if it was built before with this configuration."""
-    for image in sorted((FOLDER / name).glob("linux-*")):
-        if (FOLDER / name / CONFIGURATION.name).read_text() == CONFIGURATION.read_text():
+    folder = FOLDER / name
+    for image in sorted(folder.glob("linux-*")):
+        if (folder / CONFIGURATION.name).read_text() == CONFIGURATION.read_text():
             return Kernel(name, image.name.removeprefix("linux-"), image)
     return None
 
@@ -83,6 +85,7 @@ def fetch(row: Wanted) -> Kernel:
     apt = row.apt
     apt.update()
     package = apt.behind("linux-source", r"linux-source-\d\S*")
+    print(f"building {package} for user mode: minutes", file=sys.stderr, flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     prefix = f".{row.name}-"
     for left in FOLDER.glob(f"{prefix}*"):  # by one who was killed
