@@ -24,6 +24,8 @@ ENVIRONMENT = {"EBPF_SVC_PATIENCE": "3"}
 CONFIGURATION = Path(__file__).with_name("usermode.config")
 STATE = Path(__file__).with_name("usermode_state.c")
 FOLDER = CACHE / "user-mode"
+RECIPE = "recipe"
+"""Beside an image: what it was made from."""
 KEPT_VENV = "/run/venv"
 
 HOST_SCRIPT = """\
@@ -65,16 +67,33 @@ FLAGS = "-DCONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS=1"
 """The verifier asks that of a processor before it lets programs read words where packets have them.
 This one can; old versions forget to say so for user mode.
 """
+TAIL_CALLS = (
+    "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
+    "if (env->prog->aux->stack_depth < subprogs[0].stack_depth) "
+    "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
+)
+"""A line of kernel/bpf from 6.9 on, and its correction.
+
+Without machine code a program runs on the stack of the one that called it, so the verifier asks
+for the deepest stack where it sees a tail call. That line, run later, forgets it: the called
+program writes over the interpreter's registers, and the kernel dies.
+"""
 POWER_OFF = "python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'"
 
 
 def cached(name: str) -> Kernel | None:
-    """The kernel of that name, if it was built before with this configuration."""
+    """The kernel of that name, if it was built before from what it would be built from now."""
     folder = FOLDER / name
     for image in sorted(folder.glob("linux-*")):
-        if (folder / CONFIGURATION.name).read_text() == CONFIGURATION.read_text():
+        recipe = folder / RECIPE
+        if recipe.exists() and recipe.read_text() == _recipe():
             return Kernel(name, image.name.removeprefix("linux-"), image)
     return None
+
+
+def _recipe() -> str:
+    """All that is ours of what a kernel is made from."""
+    return "\n".join((CONFIGURATION.read_text(), STATE.read_text(), FLAGS, *TAIL_CALLS))
 
 
 def fetch(row: Wanted) -> Kernel:
@@ -95,13 +114,15 @@ def fetch(row: Wanted) -> Kernel:
         (source,) = apt.download([package], Path(work))
         archive.run(["dpkg", "-x", str(source), work])
         archive.run(["tar", "-C", work, "-xf", f"{work}/usr/src/{package}.tar.xz"])
+        for file in (tree / "kernel/bpf").glob("*.c"):
+            file.write_text(file.read_text().replace(*TAIL_CALLS))
         make = ["make", "-C", str(tree), "ARCH=um"]
         archive.run([*make, f"KCONFIG_ALLCONFIG={CONFIGURATION}", "allnoconfig"])
         archive.run([*make, f"-j{os.cpu_count()}", f"KCFLAGS={FLAGS}", "linux"])
         release = archive.run([*make, "-s", "kernelrelease"]).strip()
         made = Path(work, "made")
         made.mkdir()
-        shutil.copyfile(CONFIGURATION, made / CONFIGURATION.name)
+        (made / RECIPE).write_text(_recipe())
         (tree / "linux").rename(made / f"linux-{release}")
         compile_state = ["cc", "-O2", "-Wall", "-shared", "-fPIC", str(STATE)]
         archive.run([*compile_state, "-o", f"{made}/state.so"])
