@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ebpf_svc.config import EbpfSettings
+from ebpf_svc.dataplane.ebpf import tables as tables_module
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
+from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.model.net import Family
 from tests.lib.packet_world import World, artifacts
 
@@ -41,3 +44,26 @@ def world(loaded: World) -> World:
     """The same, with empty maps."""
     loaded.reset()
     return loaded
+
+
+@pytest.fixture
+def own_settings(tmp_path: Path) -> Iterator[EbpfSettings]:
+    """Small maps, and a folder for their pins."""
+    made = EbpfSettings(
+        bpffs=tmp_path / "bpf",
+        frontend_entries=64,
+        backend_entries=64,
+        slot_entries=1024,
+        flow_entries=16_384,
+        affinity_entries=64,
+    )
+    yield made
+    tables_module.remove_pins(made)
+
+
+@pytest.fixture
+def tables(own_settings: EbpfSettings, compiled: dict[Family, Artifact]) -> Iterator[Tables]:
+    """Those maps, empty."""
+    made = Tables.open(own_settings, compiled)
+    yield made
+    made.close()

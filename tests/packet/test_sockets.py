@@ -6,13 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ebpf_svc.config import EbpfSettings
+from ebpf_svc.dataplane.ebpf import sweeper as sweeper_module
+from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
+from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
+from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.host.sockets import Peer, destroy_below, in_namespace, network_namespaces
 from ebpf_svc.model.net import Family, Protocol
+from tests.lib.plans import make_backend, make_desired, make_frontend, make_plan
 
 pytestmark = pytest.mark.root
 
@@ -146,3 +153,71 @@ def test_failure_inside_a_namespace_reaches_the_caller() -> None:
     """What the work raised is raised, not lost with its thread."""
     with pytest.raises(ZeroDivisionError):
         in_namespace(Path("/proc/self/ns/net"), lambda: 1 // 0)
+
+
+BACKEND = make_backend("127.0.0.1", 5001)
+FRONTEND = make_frontend(protocol=Protocol.UDP)
+
+
+def _without_its_backend(tables: Tables, settings: EbpfSettings, client: Client) -> Forwarding:
+    """The client's socket is with an endpoint, which then leaves."""
+    agent = Forwarding(tables, settings)
+    plan = make_plan("dns", FRONTEND, backends=[BACKEND])
+    agent.apply(make_desired(plan))
+    (backend,) = agent.states[Family.V4].records[plan.key].backend_ids
+    sockets = tables.udp_sockets
+    cookie = sockets.key.pack(value=client.cookies["v4"])
+    sockets.update([(cookie, sockets.value.pack(value=backend))])
+    agent.apply(make_desired(make_plan("dns", FRONTEND, backends=[])))
+    return agent
+
+
+def _sweeper(tables: Tables, agent: Forwarding, cgroup: Path) -> Sweeper:
+    return Sweeper(agent.states, tables.udp_sockets, threading.RLock(), cgroup=cgroup)
+
+
+def test_socket_without_its_backend_is_destroyed_after_a_moment(
+    tables: Tables,
+    own_settings: EbpfSettings,
+    cgroup: Path,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer that is on its way when the endpoint leaves is still heard; then C10."""
+    sweeper = _sweeper(tables, _without_its_backend(tables, own_settings, client), cgroup)
+    assert sweeper.end_sockets() == 0
+    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
+    assert sweeper.end_sockets() == 1
+    assert sweeper.end_sockets() == 0
+    assert client.errors() == {"v4": ECONNABORTED}
+
+
+def test_socket_lives_when_its_backend_comes_back_in_that_moment(
+    tables: Tables,
+    own_settings: EbpfSettings,
+    cgroup: Path,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It serves again: there is nothing the socket has lost."""
+    agent = _without_its_backend(tables, own_settings, client)
+    agent.apply(make_desired(make_plan("dns", FRONTEND, backends=[BACKEND])))
+    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
+    assert _sweeper(tables, agent, cgroup).end_sockets() == 0
+    assert client.errors() == {}
+
+
+def test_socket_without_its_backend_is_destroyed_by_the_next_agent(
+    tables: Tables,
+    own_settings: EbpfSettings,
+    cgroup: Path,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An agent that ended in that moment has not forgotten the socket (Z2)."""
+    _without_its_backend(tables, own_settings, client)
+    agent = Forwarding(tables, own_settings)
+    agent.adopt()
+    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
+    assert _sweeper(tables, agent, cgroup).end_sockets() == 1
+    assert client.errors() == {"v4": ECONNABORTED}

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from ebpf_svc.config import EbpfSettings
-from ebpf_svc.dataplane.ebpf import tables as tables_module
-from ebpf_svc.dataplane.ebpf.artifact import Artifact
 from ebpf_svc.dataplane.ebpf.constants import FlowState
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.layout import wire_port
@@ -26,27 +22,6 @@ FLOWS = 5000
 VIP = {Family.V4: "10.96.0.1", Family.V6: "fd00:96::1"}
 POD = {Family.V4: "10.1.0.{}", Family.V6: "fd00:1::{}"}
 CLIENT = {Family.V4: "198.51.100.7", Family.V6: "2001:db8::7"}
-
-
-@pytest.fixture
-def own_settings(tmp_path: Path) -> Iterator[EbpfSettings]:
-    made = EbpfSettings(
-        bpffs=tmp_path / "bpf",
-        frontend_entries=64,
-        backend_entries=64,
-        slot_entries=1024,
-        flow_entries=16_384,
-        affinity_entries=64,
-    )
-    yield made
-    tables_module.remove_pins(made)
-
-
-@pytest.fixture
-def tables(own_settings: EbpfSettings, compiled: dict[Family, Artifact]) -> Iterator[Tables]:
-    made = Tables.open(own_settings, compiled)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("family", list(Family), ids=lambda family: f"ipv{int(family)}")

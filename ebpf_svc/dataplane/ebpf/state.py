@@ -7,6 +7,7 @@ plan.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ebpf_svc.dataplane.ebpf.ranges import RangeSets
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.model.desired import PlanKey, ServicePlan
-from ebpf_svc.model.net import Family
+from ebpf_svc.model.net import Family, Protocol
 
 _KNOWN_BYTES = 1 << 18
 _KNOWN_MASK = _KNOWN_BYTES - 1
@@ -108,8 +109,9 @@ class FamilyState:
         self.fresh_draining: set[bytes] = set()
         """Tombstones and draining frontends the sweeper has not seen yet: a program that read them
         before they became that may still be about to open a flow."""
-        self.lost_udp: list[int] = []
-        """Backends of UDP that died since the sweeper last looked for sockets connected to them."""
+        self.lost_udp: list[tuple[float, int]] = []
+        """Backends of UDP that died, and when, by a monotonic clock; sockets may be connected to
+        them until the sweeper has looked. Oldest first."""
         self.damage: list[str] = []
         """What `adopt` could not make sense of; a look at the kernel must mend it."""
         self._known: bytearray = bytearray(_KNOWN_BYTES)
@@ -167,7 +169,8 @@ class FamilyState:
             self.dead.setdefault(service, []).extend(backends)
             self.fresh_dead.update(backends)
             if is_udp:
-                self.lost_udp.extend(backends)
+                now_s = time.monotonic()
+                self.lost_udp.extend((now_s, backend) for backend in backends)
 
     def exhume(self, service: int, backends: Sequence[int]) -> None:
         """Take tombstones out of their chains for good, whatever flows still name them."""
@@ -176,10 +179,17 @@ class FamilyState:
             self.backends.release(backend)
         self.revive(service, backends)
 
+    def take_lost(self, before_s: float) -> list[int]:
+        """Hand over the backends of UDP that had died by then, once."""
+        found = [backend for died_s, backend in self.lost_udp if died_s <= before_s]
+        del self.lost_udp[: len(found)]
+        return found
+
     def revive(self, service: int, backends: Iterable[int]) -> None:
         """Note tombstones that serve again, or are gone for good."""
         back = set(backends)
         if back:
+            self.lost_udp = [each for each in self.lost_udp if each[1] not in back]
             left = [each for each in self.dead[service] if each not in back]
             self.fresh_dead -= back
             if left:
@@ -311,5 +321,6 @@ class FamilyState:
                 if flags:
                     orphan.backend_ids.append(backend)
                 else:
-                    self.dead.setdefault(service, []).append(backend)
+                    is_udp = self.codec.protocol(at) == Protocol.UDP.number
+                    self.bury(service, [backend], is_udp=is_udp)
                 backend = following

@@ -19,6 +19,9 @@ from ebpf_svc.model.net import Family
 
 PERIOD_S = 10.0
 """Pause between sweeps while there is something to free; without, the thread sleeps."""
+LINGER_S = 1.0
+"""How long a connected UDP socket may wait for an answer of a backend that left: what was asked
+before is mostly answered. kube-proxy looks at changes once a second, too (minSyncPeriod)."""
 
 log = get_logger(__name__)
 
@@ -53,7 +56,7 @@ class Sweeper:
         self._thread.start()
 
     def wake(self) -> None:
-        """Something may have been removed: end sockets now, and sweep when the period is over."""
+        """Something may have been removed: end sockets soon, and sweep when the period is over."""
         if self._has_work():
             self._wake.set()
 
@@ -73,18 +76,17 @@ class Sweeper:
         return sum(sweep.sweep(now_s) for sweep in self._sweeps)
 
     def end_sockets(self) -> int:
-        """Destroy connected UDP sockets whose backend left; returns how many.
+        """Destroy connected UDP sockets whose backend left a while ago; returns how many.
 
         Nothing else would tell them: their packets pass no hook that could choose anew.
         """
+        before_s = time.monotonic() - LINGER_S
         with self._lock:
             lost = {
                 (family, *state.codec.endpoint(state.at_of(backend))): backend
                 for family, state in self._states.items()
-                for backend in state.lost_udp
+                for backend in state.take_lost(before_s)
             }
-            for state in self._states.values():
-                state.lost_udp.clear()
         if not lost or self._cgroup is None:
             return 0
         ids = set(lost.values())
@@ -95,32 +97,41 @@ class Sweeper:
         }
         if not sockets:
             return 0
+        ended = set()
 
         def has_lost(peer: Peer) -> bool:
-            return peer.cookie in sockets and (peer.family, peer.address, peer.port) in lost
+            # Each family has ids of its own.
+            if peer.cookie in sockets and (peer.family, peer.address, peer.port) in lost:
+                ended.add(peer.cookie)
+            return peer.cookie in ended
 
         count = destroy_below(self._cgroup, has_lost)
-        self._udp_sockets.delete(list(sockets.values()))
+        self._udp_sockets.delete([sockets[cookie] for cookie in ended])
         log.info("sweep.sockets", sockets=count, backends=len(lost))
         return count
 
     def _run(self) -> None:
         sweep_at: float | None = None
         while True:
-            pause_s = None if sweep_at is None else max(0.0, sweep_at - time.monotonic())
-            was_woken = self._wake.wait(pause_s)
+            times = [at for at in (sweep_at, self._sockets_end_at()) if at is not None]
+            self._wake.wait(max(0.0, min(times) - time.monotonic()) if times else None)
             self._wake.clear()
             if self._stopping:
                 return
+            is_due = sweep_at is not None and sweep_at <= time.monotonic()
             try:
-                if was_woken:
-                    self.end_sockets()
-                elif freed := self.sweep():
+                self.end_sockets()
+                if is_due and (freed := self.sweep()):
                     log.debug("sweep.done", count=freed)
             except (OSError, DataplaneError) as error:
                 log.warning("sweep.failed", error=str(error), retry_s=PERIOD_S)
-            if not was_woken or sweep_at is None:
+            if is_due or sweep_at is None:
                 sweep_at = time.monotonic() + PERIOD_S if self._has_work() else None
+
+    def _sockets_end_at(self) -> float | None:
+        with self._lock:
+            died = [state.lost_udp[0][0] for state in self._states.values() if state.lost_udp]
+        return min(died) + LINGER_S if died else None
 
     def _has_work(self) -> bool:
         with self._lock:
