@@ -225,16 +225,17 @@ def test_affinity_of_a_client_counts_in_the_trial(site: Site) -> None:
     """What the live map remembers decides, while it lasts (P13); the entry stays as it was."""
     world, net = site.world, site.world.net
     vip, client = (net.vip, 80), (net.pod, 40000)
-    world.service(*vip, backends=[(net.a, port) for port in range(20)], affinity_s=100)
+    # An emulated machine may take a minute for each question.
+    world.service(*vip, backends=[(net.a, port) for port in range(20)], affinity_s=10_000)
     backend = world.run("pod_ingress", world.tcp(client, vip)).dst
-    world.age("affinity", 60)
+    world.age("affinity", 6_000)
     before = world.entries("affinity")
     for _ in range(3):
         prediction, proved = site.ask(Sources.POD, (net.pod, 41000), vip)
         assert (prediction.by, prediction.chosen) == (ChosenBy.AFFINITY, backend)
         assert (proved.outcome.backend, proved.differences) == (backend, [])
     assert world.entries("affinity") == before
-    world.age("affinity", 60)
+    world.age("affinity", 6_000)
     prediction, proved = site.ask(Sources.POD, (net.pod, 41000), vip)
     assert (prediction.by, proved.differences) == (ChosenBy.RANDOM, [])
 
