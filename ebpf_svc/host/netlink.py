@@ -23,6 +23,8 @@ _SOL_NETLINK, _EXT_ACK, _CAP_ACK, _STRICT_CHECK = 270, 11, 10, 12
 _HEADER = struct.Struct("=IHHII")
 _RECEIVE_BYTES = 1 << 18
 _QUEUE_BYTES = 8 << 20
+_QUEUE_MESSAGES = 2 * _QUEUE_BYTES // 512
+"""The kernel doubles what is asked for, and counts at least so many bytes for a message."""
 _MESSAGES_AT_ONCE = 64
 """Acknowledgements of that many fit the least receive queue."""
 
@@ -167,7 +169,7 @@ class Notifications:
         self._poll.register(self._wake, select.POLLIN)
 
     def wait(self, timeout_s: float | None = None) -> list[Message]:
-        """What came in; empty when woken or out of time.
+        """All that came in; empty when woken or out of time.
 
         Raises:
             Overrun: notifications were lost.
@@ -177,14 +179,20 @@ class Notifications:
             os.eventfd_read(self._wake)
         if self._socket.fileno() not in ready:
             return []
+        found: list[Message] = []
         try:
-            data = self._socket.recv(_RECEIVE_BYTES)
+            # Each is a datagram of its own. The limit is for a flood: more than a queue holds.
+            while len(found) < _QUEUE_MESSAGES:
+                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                found += [Message(kind, body) for kind, _, _, body in messages(data)]
+        except BlockingIOError:
+            pass
         except OSError as error:
             if error.errno == errno.ENOBUFS:
                 self._drain()
                 raise Overrun from error
             raise
-        return [Message(kind, body) for kind, _, _, body in messages(data)]
+        return found
 
     def _drain(self) -> None:
         """Empty the queue: until then the kernel drops what comes without telling again."""
