@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -22,6 +22,8 @@ def test_everything_that_came_in_is_heard_at_once() -> None:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_USERSOCK) as teller,
     ):
         for number in range(300):
-            teller.sendto(netlink.encode(0x100 + number, 0, 0, b"news"), (0, 1 << GROUP - 1))
+            message = netlink.encode(0x100 + number, 0, 0, b"news")
+            with suppress(ConnectionRefusedError):  # of the kernel, which is told as well
+                teller.sendto(message, (0, 1 << GROUP - 1))
         assert [each.type for each in heard.wait(0)] == list(range(0x100, 0x100 + 300))
         assert heard.wait(0) == []
