@@ -7,10 +7,12 @@ names the command; ENOENT of a look-up or delete is an answer, not a failure.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import platform
+import resource
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +98,16 @@ class Attr:
     def u32(self, offset: int) -> int:
         """A number the kernel wrote."""
         return int(struct.unpack_from("=I", self.buffer, offset)[0])
+
+
+def lift_memory_limit() -> None:
+    """Before 5.11 maps and programs count as locked memory, and those of all processes of one user
+    against the limit of the one that makes the next: beside an agent even a small map is refused.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(
+            resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
 
 
 def address_of(data: bytes | bytearray | None) -> int:

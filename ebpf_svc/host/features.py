@@ -80,6 +80,7 @@ def probe_all(
     compiling = [replace(probe, required=not is_compiled) for probe in (bcc(), kernel_headers())]
     probes = [capabilities(), kernel(), *compiling]
     if probes[0].ok:
+        bpf.lift_memory_limit()
         probes += [bpf_file_system(bpffs), maps(), batch(), socket_storage()]
         probes += [tc_filter(), *socket_hooks(), helpers(), coarse_clock(), set_retval()]
         probes += [cgroup2(cgroup_root), masquerade()]

@@ -27,10 +27,9 @@ from ebpf_svc.dataplane.ebpf.constants import (
 from ebpf_svc.dataplane.ebpf.layout import Layout, wire_port
 from ebpf_svc.dataplane.ebpf.programs import DEVICE_PROGRAMS
 from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray, Table
-from ebpf_svc.dataplane.ebpf.tables import lift_memory_limit
 from ebpf_svc.dataplane.inspect import Traffic
 from ebpf_svc.host import bpf, bpf_prog
-from ebpf_svc.host.bpf import MapFlag, MapType
+from ebpf_svc.host.bpf import MapFlag, MapType, lift_memory_limit
 from ebpf_svc.model.net import Family, Protocol, Sources
 from tests.lib.packet_service import PLAIN, Service
 from tests.lib.packets import CLUSTER_CIDRS, Address, Result, Wire

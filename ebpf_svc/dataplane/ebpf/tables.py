@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +165,7 @@ class Tables:
         """
         directory = pin_dir(settings)
         digests = {family: artifact.layout_digest() for family, artifact in artifacts.items()}
-        lift_memory_limit()
+        bpf.lift_memory_limit()
         try:
             mounts.ensure_bpffs(settings.bpffs)
             _prepare(directory, digests)
@@ -266,14 +265,6 @@ class Tables:
         """Give back descriptors and mappings; the kernel keeps the maps by their pins."""
         for table in self._tables.values():
             table.close()
-
-
-def lift_memory_limit() -> None:
-    """Kernels before 5.11 count maps against the locked memory of the process."""
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(
-            resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        )
 
 
 def _pin_name(name: str, family: Family) -> str:
