@@ -8,6 +8,7 @@ has one processor and does not compile BPF to machine code.
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -44,7 +45,11 @@ export TMPDIR=$work/memory HOME=$work/memory LD_PRELOAD={state}
 # Not this shell's successor: a kernel that panics aborts, which the first process of a namespace
 # does not die of.
 {image} root=/dev/root rootfstype=hostfs rootflags=$work/root rw mem={memory} \\
-    init={guest_out}/guest.sh con=null con0=fd:0,fd:1 quiet seccomp=auto
+    init={guest_out}/guest.sh con=null con0=fd:0,fd:1 quiet seccomp=auto \\
+    'slab_debug=F,kmalloc-*'
+"""
+"""What the last word asks for changes no result. From 6.18 on allocations for BPF from any context
+(`kmalloc_nolock`) need checked caches, or a processor whose `cmpxchg16b` user mode does not use.
 """
 
 FILE_SYSTEMS = """\
@@ -61,22 +66,35 @@ mkdir -p {kept_venv}
 mount --bind {venv} {kept_venv}
 mount -t tmpfs tmpfs /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-echo 1 >/proc/sys/net/core/fb_tunnels_only_for_init_net"""
+echo 1 >/proc/sys/net/core/fb_tunnels_only_for_init_net
+{seed}"""
+SEED = (
+    "import fcntl, struct; fcntl.ioctl(open('/dev/random'), 0x40085203, "  # RNDADDENTROPY
+    "struct.pack('ii64s', 512, 64, bytes.fromhex('{}')))"
+)
+"""A kernel without devices has nothing to make random numbers of: programs would wait for them."""
 
 FLAGS = "-DCONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS=1"
 """The verifier asks that of a processor before it lets programs read words where packets have them.
 This one can; old versions forget to say so for user mode.
 """
-TAIL_CALLS = (
-    "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
-    "if (env->prog->aux->stack_depth < subprogs[0].stack_depth) "
-    "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
-)
-"""A line of kernel/bpf from 6.9 on, and its correction.
+CORRECTIONS = {
+    "kernel/bpf/*.c": (
+        "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
+        "if (env->prog->aux->stack_depth < subprogs[0].stack_depth) "
+        "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
+    ),
+    "arch/um/kernel/trap.c": (
+        "flush_tlb_kernel_vm();",
+        "flush_tlb_kernel_range(address & PMD_MASK, (address & PMD_MASK) + PMD_SIZE);",
+    ),
+}
+"""By file: a line that some versions have, and what it is replaced by.
 
-Without machine code a program runs on the stack of the one that called it, so the verifier asks
-for the deepest stack where it sees a tail call. That line, run later, forgets it: the called
-program writes over the interpreter's registers, and the kernel dies.
+The first, from 6.9 on: without machine code a program runs on the stack of the one that called it,
+so the verifier asks for the deepest stack where it sees a tail call. That line, run later, forgets
+it: the called program writes over the interpreter's registers, and the kernel dies.
+The second, before 6.11: the first touch of new memory looked at all memory of maps there is.
 """
 POWER_OFF = "python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'"
 
@@ -93,7 +111,8 @@ def cached(name: str) -> Kernel | None:
 
 def _recipe() -> str:
     """All that is ours of what a kernel is made from."""
-    return "\n".join((CONFIGURATION.read_text(), STATE.read_text(), FLAGS, *TAIL_CALLS))
+    ours = [CONFIGURATION.read_text(), STATE.read_text(), FLAGS]
+    return "\n".join([*ours, *(word for pair in CORRECTIONS.values() for word in pair)])
 
 
 def fetch(row: Wanted) -> Kernel:
@@ -114,8 +133,9 @@ def fetch(row: Wanted) -> Kernel:
         (source,) = apt.download([package], Path(work))
         archive.run(["dpkg", "-x", str(source), work])
         archive.run(["tar", "-C", work, "-xf", f"{work}/usr/src/{package}.tar.xz"])
-        for file in (tree / "kernel/bpf").glob("*.c"):
-            file.write_text(file.read_text().replace(*TAIL_CALLS))
+        for pattern, correction in CORRECTIONS.items():
+            for file in tree.glob(pattern):
+                file.write_text(file.read_text().replace(*correction))
         make = ["make", "-C", str(tree), "ARCH=um"]
         archive.run([*make, f"KCONFIG_ALLCONFIG={CONFIGURATION}", "allnoconfig"])
         archive.run([*make, f"-j{os.cpu_count()}", f"KCFLAGS={FLAGS}", "linux"])
@@ -136,7 +156,8 @@ def fetch(row: Wanted) -> Kernel:
 def prepare(out: Path) -> Setup:
     """Nothing needs to be put anywhere: files are as near as they are to this process."""
     venv = Path(sys.prefix).resolve()
-    before = FILE_SYSTEMS.format(venv=shlex.quote(str(venv)), kept_venv=KEPT_VENV)
+    seed = shlex.join(["python3", "-c", SEED.format(secrets.token_hex(64))])
+    before = FILE_SYSTEMS.format(venv=shlex.quote(str(venv)), kept_venv=KEPT_VENV, seed=seed)
     return Setup([before], KEPT_VENV, environment=ENVIRONMENT, end=POWER_OFF)
 
 
