@@ -28,15 +28,10 @@ _PYTEST = (".venv/bin/python", "-m", "pytest", "-q", "--no-header", "--timeout",
 _NOTED = ("--durations", "15", "--results", f"test-logs/{RESULTS}")
 PYTEST = (*_PYTEST, "-p", "no:cacheprovider", *_NOTED)
 PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
-"""Of the packet ring, what kernels can differ in most. An emulated one is asked no more, but the
-oldest, where no process of the same version is.
+"""Of the packet ring, what machine code and type information (BTF) can matter to: emulated kernels
+are asked no more.
 """
 FAST = "ebpf-fast"
-"""docs/kernels.md says what becomes of the fast path on the oldest kernel, and of programs in a
-driver (XDP) where a kernel is a process.
-"""
-BETWEEN = (("ebpf", "ipvs", "nftables"), ("ebpf-fast", "iptables", "userspace"))
-"""Variants tried on emulated kernels between the oldest and the newest, by turns."""
 REQUESTS_ON = vm.KERNEL
 """Where instructions per request are counted."""
 REQUESTS = (
@@ -80,7 +75,7 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     """What to run on these kernels, the longest first.
 
     Args:
-        names: of kernels, oldest first.
+        names: of kernels.
         only: the parts wanted; none = all.
         whole: every packet and mode on emulated kernels, too, and switching from and to the mode
             of `WHOLE_OF`: hours.
@@ -96,17 +91,15 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
         if name == REQUESTS_ON:
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
-        if is_process or whole or (name == names[0] and name + USER_MODE not in names):
-            marks = "not compiles" if is_process or whole else _LIGHT
-            made.append(Job(name, "packet", (*PYTEST, "tests/packet", "-m", marks)))
+        if is_process or whole:
+            marks = () if is_process else _WITHOUT_LLVM
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", *marks)))
+            chosen = [word for variant in VARIANTS for word in ("--dataplane", variant)]
+            made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
         else:
             modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
-            made.append(Job(name, "programs", (*PYTEST, *modules, "-m", _LIGHT)))
-        variants = _variants(name, names, whole=whole)
-        if variants:
-            chosen = [word for variant in variants for word in ("--dataplane", variant)]
-            made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
-    order = ("behaviour", "switch", "packet", "smoke", "requests", "programs")
+            made.append(Job(name, "programs", (*PYTEST, *modules, *_LIGHT)))
+    order = ("behaviour", "switch", "requests", "programs", "packet", "smoke")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
     return [job for job in made if not only or job.what in only]
 
@@ -120,24 +113,9 @@ def _behaviour(mode: str) -> str:
     return f"{first} || {{ echo '== what failed, once more and alone'; {second}; }}"
 
 
-_LIGHT = "not compiles and not verifies"
+_WITHOUT_LLVM = ("-m", "not compiles")
+_LIGHT = ("-m", "not compiles and not verifies")
 """Without what takes an emulated machine long."""
-
-
-def _variants(name: str, names: Sequence[str], *, whole: bool) -> Sequence[str]:
-    """What a kernel is asked a behaviour a promise of."""
-    emulated = [each for each in names if not each.endswith(USER_MODE)]
-    fast = () if name == names[0] and len(emulated) > 1 else (FAST,)
-    if name.endswith(USER_MODE):
-        return [each for each in VARIANTS if each != FAST]
-    if whole:
-        return [each for each in VARIANTS if each != FAST or fast]
-    if name + USER_MODE in names:
-        return fast
-    if name in (emulated[0], emulated[-1]):
-        modes = [each.name for each in VARIANTS.values() if each.mode != "ebpf"]
-        return ("ebpf", *fast, *modes)
-    return BETWEEN[(emulated.index(name) - 1) % len(BETWEEN)]
 
 
 def run(
