@@ -34,7 +34,8 @@
 	!defined(FLOW_FAST) || !defined(FLOW_SNAT) || !defined(FLOW_PORT) || \
 	!defined(STATE_CLIENT_FIN) || !defined(STATE_BACKEND_FIN) || \
 	!defined(STATE_RESET) || !defined(STATE_ESTABLISHED) || \
-	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S)
+	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S) || !defined(TCP_IDLE_S) || \
+	!defined(DIRECT_NOTES)
 #error "flow flags are missing: compile through ebpf_svc"
 #endif
 #if !defined(EVENT_OPENED) || !defined(EVENT_ENDING) || !defined(EVENT_DROPPED)

@@ -184,7 +184,7 @@ static __always_inline struct flow_value *flow_of_reply(struct reverse_key *from
 	return flow_of_reverse(from, key);
 }
 
-/* End the flow under key if it is with that backend; false when it must live. */
+/* End the flow under key if it is with that backend; false when it still lives. */
 static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u32 now)
 {
 	struct flow_value *flow = flows.lookup(key);
@@ -192,33 +192,31 @@ static __always_inline bool end_flow(struct flow_key *key, __u32 backend_id, __u
 	/* A flow with another port there leaves the client's own free. */
 	if (!flow || flow->backend_id != backend_id || (flow->flags & FLOW_PORT))
 		return true;
-	if (key->proto != IPPROTO_UDP && !flow_ended(flow, key->proto, now))
+	if (!flow_ended(flow, key->proto, now))
 		return false;
 	flows.delete(key);
 	return true;
 }
 
 /* The client is about to talk to an endpoint in a new way, directly or through
- * another frontend. Flows that it had with the endpoint from the same port end
- * here: their translation would catch the answers. Returns false when one of
- * them is a connection that still lives. Flows of service `but` are left: whoever
- * opens one has just looked for them, and each search is a cache miss.
- * crowded: the endpoint has more service ports than a walk goes through. key is
- * the client's, and left with another service.
+ * another frontend. Flows that it had with the endpoint from the same port are
+ * deleted: their translation would catch the answers. One that still lives has
+ * fresh->taken set, in memory: there the verifier does not follow it. Flows of service
+ * `but` are left: whoever opens one has just looked for them, and each search is a
+ * cache miss. key is the client's, and left with another service. Returns whether
+ * the endpoint has more service ports than a walk goes through.
  */
-static __always_inline bool free_client_port(struct reverse_key *ends, struct flow_key *key,
-					     __u32 but, __u32 now, bool *crowded)
+static __always_inline bool free_client_port(struct opening *fresh, struct flow_key *key,
+					     __u32 but, __u32 now)
 {
-	__u32 *head = backend_index.lookup(&ends->backend);
+	__u32 *head = backend_index.lookup(&fresh->ends.backend);
 	struct flow_key *known;
 	struct flow_value *flow;
-	bool is_free = true;
 	__u32 id;
 	int i;
 
-	*crowded = false;
 	if (!head)
-		return true;
+		return false;
 	id = *head;
 	for (i = 0; i < BACKEND_CHAIN_MAX && id != NO_BACKEND; i++) {
 		struct backend_value *backend = backends.lookup(&id);
@@ -228,22 +226,24 @@ static __always_inline bool free_client_port(struct reverse_key *ends, struct fl
 		key->service = backend->service;
 		if (key->service != but) {
 			key->second = 0;
-			is_free &= end_flow(key, id, now);
+			if (!end_flow(key, id, now))
+				fresh->taken = true;
 			key->second = 1;
-			is_free &= end_flow(key, id, now);
+			if (!end_flow(key, id, now))
+				fresh->taken = true;
 		}
 		id = backend->next;
 	}
 	if (id == NO_BACKEND)
-		return is_free;
-	*crowded = true;
-	flow = flow_at_reverse(ends, &known);
+		return false;
+	flow = flow_at_reverse(&fresh->ends, &known);
 	if (flow && known->service != but) {
 		key->service = known->service;
 		key->second = known->second;
-		is_free &= end_flow(key, flow->backend_id, now);
+		if (!end_flow(key, flow->backend_id, now))
+			fresh->taken = true;
 	}
-	return is_free;
+	return true;
 }
 
 /* Of a client's ports above those most systems give to sockets, some stand for
@@ -284,6 +284,17 @@ static __always_inline bool take_nat_port(struct flow_value *flow, const struct 
 		return true;
 	}
 	return false;
+}
+
+/* The client's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */
+static __always_inline __u8 note_request(struct flow_value *flow, const struct packet *pkt)
+{
+	__u8 end;
+
+	if (!(pkt->tcp_flags & (TCP_FIN | TCP_RST)))
+		return 0;
+	end = pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_CLIENT_FIN;
+	return note(flow, end) ? end : 0;
 }
 
 /* The backend's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */

@@ -17,6 +17,7 @@ BPF_TABLE("lru_hash", struct held_key, struct held_value, held, 1);
 BPF_TABLE("percpu_array", __u32, struct holding, holding, 1);
 BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
 BPF_TABLE("lru_hash", struct reverse_key, struct flow_key, reverse, 1);
+BPF_F_TABLE("array", __u32, struct direct_note, direct, 1, BPF_F_MMAPABLE);
 BPF_TABLE("hash", __u32, struct link_value, links, 1);
 BPF_PROG_ARRAY(xdp_next, 1);
 BPF_TABLE("percpu_array", __u32, struct opening, openings, 1);

@@ -243,10 +243,13 @@ static __always_inline void forget_layout(struct __sk_buff *skb, struct packet *
 	volatile __u32 *scratch = (volatile __u32 *)&skb->cb[0];
 	__u32 known;
 
-	*scratch = pkt->l4 | (__u32)pkt->fragment << 8;
+	*scratch = pkt->l4 | (__u32)pkt->fragment << 8 | (__u32)pkt->tcp_flags << 16 |
+		   (__u32)pkt->proto << 24;
 	known = *scratch;
 	pkt->l4 = known & 0xff;
 	pkt->fragment = known >> 8 & 3;
+	pkt->tcp_flags = known >> 16;
+	pkt->proto = known >> 24;
 }
 
 /* Fill pkt from the packet whose IP header is at l3. NEXT, or NOT_OURS for

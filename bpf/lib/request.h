@@ -2,6 +2,7 @@
 #pragma once
 
 /* A packet on its way in: if it calls a frontend, it goes to a backend. */
+#include "direct.h"
 #include "event.h"
 #include "fragment.h"
 #include "icmp.h"
@@ -97,7 +98,6 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	const struct addr *as = NULL;
 	__u32 known;
 	bool clash, crowded;
-	__u8 second;
 	struct list list;
 	__u32 id;
 
@@ -146,10 +146,11 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	ends->client = pkt->src;
 	ends->port = pkt->sport;
 	ends->pad = 0;
-	second = key->second;
-	clash |= !free_client_port(ends, key, frontend->service, now, &crowded);
 	/* One walk of the verifier for all that was found, as in forget_layout(). */
-	*scratch = clash | crowded << 1 | second << 2;
+	fresh->taken = clash;
+	*scratch = key->second << 2;
+	*scratch |= free_client_port(fresh, key, frontend->service, now) << 1;
+	*scratch |= fresh->taken | is_noted(fresh, now);
 	known = *scratch;
 	clash = known & 1;
 	crowded = known & 2;
@@ -209,17 +210,6 @@ static __always_inline int open_flow(struct __sk_buff *skb, struct packet *pkt,
 	return NEXT;
 }
 
-/* The client's side of a TCP flow's life; the STATE_* by which it now ends, or 0. */
-static __always_inline __u8 note_request(struct flow_value *flow, const struct packet *pkt)
-{
-	__u8 end;
-
-	if (!(pkt->tcp_flags & (TCP_FIN | TCP_RST)))
-		return 0;
-	end = pkt->tcp_flags & TCP_RST ? STATE_RESET : STATE_CLIENT_FIN;
-	return note(flow, end) ? end : 0;
-}
-
 static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet *pkt,
 					   const struct flow_value *flow, __u32 service)
 {
@@ -240,15 +230,17 @@ static __always_inline int send_to_backend(struct __sk_buff *skb, struct packet 
 	count_packet(service, skb->len);
 	if (masquerade)
 		skb->mark |= MASQUERADE_MARK;
+	if (pkt->fragment == FRAGMENT_NONE && may_open(pkt))
+		skb->tc_index = own_index();
 	return hairpin ? send_back(skb, pkt->l3, 0) : FORWARD;
 }
 
 /* The backend's answer to itself: back to the client it is, from the frontend. */
-static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *pkt,
+					  struct flow_key *key)
 {
 	struct rewrite to = { .dst = pkt->src };
 	struct reverse_key from = {};
-	struct flow_key key = {};
 	struct flow_value *flow;
 	__u32 now = now_s();
 	int verdict;
@@ -256,38 +248,25 @@ static __always_inline int hairpin_reply(struct __sk_buff *skb, struct packet *p
 
 	answer_of(pkt, &from);
 	from.client = pkt->src;
-	flow = flow_of_reply(&from, &key);
+	flow = flow_of_reply(&from, key);
 	if (!flow || !(flow->flags & FLOW_HAIRPIN)) {
 		tell_dropped(skb, pkt, DROP_DISCARDED, now);
 		return drop(DROP_DISCARDED);
 	}
 	to.src = flow->frontend.addr;
 	to.sport = flow->frontend.port;
-	to.dport = key.client_port;
+	to.dport = key->client_port;
 	touch(flow, now);
 	end = note_reply(flow, pkt);
 	if (end)
-		tell_ending(skb, flow, &pkt->src, key.client_port, end, now);
+		tell_ending(skb, flow, &pkt->src, key->client_port, end, now);
 	if (pkt->fragment == FRAGMENT_FIRST)
 		fragment_call(skb, pkt);
 	verdict = rewrite(skb, pkt, &to, inverse(all_diffs(flow)), false);
 	if (verdict != NEXT)
 		return verdict;
-	count_packet(key.service, skb->len);
+	count_packet(key->service, skb->len);
 	return send_back(skb, pkt->l3, 0);
-}
-
-/* A client calls an endpoint itself. */
-static __always_inline void free_direct(const struct packet *pkt, struct flow_key *key)
-{
-	struct reverse_key ends = {};
-	bool crowded;
-
-	answer_to(pkt, &ends);
-	key->client = pkt->src;
-	key->client_port = pkt->sport;
-	key->proto = pkt->proto;
-	free_client_port(&ends, key, 0, now_s(), &crowded);
 }
 
 /* The flow of a request, opened when there is none; NEXT with *flow, or the
@@ -378,13 +357,14 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 		if (verdict != NEXT)
 			return verdict;
 	}
+	forget_layout(skb, &pkt);
 	to.addr = pkt.dst;
 	to.port = pkt.dport;
 	to.proto = pkt.proto;
 	frontend = frontends.lookup(&to);
 	if (!frontend) {
 		if (pod_device && addr_equal(&pkt.dst, &hairpin_address))
-			return hairpin_reply(skb, &pkt);
+			return hairpin_reply(skb, &pkt, &key);
 #if HOST_PACKETS
 		verdict = host_reply(skb, &pkt, &key);
 		if (verdict != NEXT)
@@ -392,9 +372,10 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 #endif
 		if (fast && (verdict = fast_reply(skb, &pkt, &key)) != NEXT)
 			return verdict;
-		if (pkt.proto == IPPROTO_UDP || is_opening(&pkt))
-			free_direct(&pkt, &key);
-		return NOT_OURS;
+		if (call_direct(skb, &pkt, &key, &flow) != NEXT || parse(skb, l3, &pkt) != NEXT)
+			return NOT_OURS;
+		note_request(flow, &pkt);
+		return send_to_backend(skb, &pkt, flow, DIRECT);
 	}
 	verdict = find_or_open(skb, &pkt, &to, frontend, &key, pod_device, false, &flow);
 	if (verdict != NEXT)

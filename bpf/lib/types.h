@@ -88,10 +88,19 @@ struct reverse_key {
 	__u16 pad;
 };
 
+/* Somebody calls an endpoint itself (direct.h). */
+struct direct_note {
+	__u32 ends;		/* hash of client, port and endpoint */
+	__u32 seen_s;		/* 0: it is over */
+};
+
 /* A flow while it is being opened: the stack has no room for it. */
 struct opening {
 	struct flow_value flow;
 	struct reverse_key ends;
+	__u32 hash;		/* of the ends, and the slot of their note */
+	__u32 slot;
+	__u32 taken;		/* the client's port is, at the endpoint, by a live flow */
 };
 
 /* A device the fast path may send through. */

@@ -156,6 +156,13 @@ class Oracle:
     def _endpoints(self, address: Address, proto: int) -> frozenset[Address] | None:
         return self.frontends.get((*address, proto))
 
+    def _ends(self, called: Address, proto: int) -> frozenset[Address]:
+        """Where a call may end: at the frontend's endpoints, or at the endpoint that was called."""
+        endpoints = self._endpoints(called, proto)
+        if endpoints is None and self._is_backend(called, proto):
+            return frozenset({called})
+        return endpoints or frozenset()
+
     def _refuses(self, sent: View) -> bool:
         return self._endpoints(sent.dst, sent.proto) == frozenset()
 
@@ -237,15 +244,15 @@ class Oracle:
     def _wrong_ends(self, program: str, sent: View, got: View, turned: bool) -> str | None:
         net = NETS[self.family]
         if program.startswith("egress"):
-            endpoints = self._endpoints(got.src, sent.proto) or ()
+            endpoints = self._ends(got.src, sent.proto)
             right = sent.src in endpoints and _stands_for(sent.dst, got.dst, sent.proto)
             return None if right else "wrong answer"
         if sent.dst[0] == net.hairpin:
-            endpoints = self._endpoints(got.src, sent.proto) or ()
+            endpoints = self._ends(got.src, sent.proto)
             seen = sent.src[0], sent.dst[1]
             right = sent.src in endpoints and _stands_for(seen, got.dst, sent.proto) and turned
             return None if right else "wrong answer to itself"
-        if got.dst not in (self._endpoints(sent.dst, sent.proto) or ()):
+        if got.dst not in self._ends(sent.dst, sent.proto):
             return f"sent to {got.dst}, which is no endpoint of {sent.dst}"
         source = (net.hairpin, sent.src[1]) if turned else sent.src
         if not _stands_for(got.src, source, sent.proto) or (turned and got.dst[0] != sent.src[0]):
@@ -289,11 +296,11 @@ class Oracle:
         if before is None or after is None or got is None or before.src[0] != sent.dst[0]:
             return "an ICMP error about nothing was touched"
         if program.startswith("egress"):
-            endpoints = self._endpoints(after.dst, after.proto) or ()
+            endpoints = self._ends(after.dst, after.proto)
             right = before.dst in endpoints and got.dst == sent.dst
             right = right and _stands_for(before.src, after.src, after.proto)
         else:
-            endpoints = self._endpoints(before.src, before.proto) or ()
+            endpoints = self._ends(before.src, before.proto)
             right = after.src in endpoints and got.src == sent.src
             right = right and _stands_for(after.dst, before.dst, after.proto)
             right = right and got.dst[0] == after.src[0]
@@ -320,7 +327,7 @@ class Oracle:
 
 def _stands_for(seen: Address, client: Address, proto: int) -> bool:
     """Whether a backend may know the client so: by another port where two of its flows clash."""
-    is_other_port = proto == Protocol.TCP.number and seen[1] in NAT_PORTS
+    is_other_port = proto != Protocol.SCTP.number and seen[1] in NAT_PORTS
     return seen[0] == client[0] and (seen[1] == client[1] or is_other_port)
 
 

@@ -20,6 +20,7 @@ from scapy.all import Packet
 from ebpf_svc.dataplane.ebpf import compiler, constants
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
 from ebpf_svc.dataplane.ebpf.constants import (
+    DIRECT_NOTES,
     BackendFlag,
     Drop,
     FrontendFlag,
@@ -89,6 +90,8 @@ class World(Wire):
         ):
             self.hash(name).clear()
         backends, slots = self._array("backends"), self._array("slots")
+        notes = self._array("direct")
+        notes.write(0, bytes(notes.max_entries * notes.value.size))
         backends.write(0, bytes((self._backends + 1) * backends.value.size))
         slots.write(0, bytes(self._slots * slots.value.size))
         self._services = self._backends = self._ranges = self._slots = 0
@@ -235,6 +238,17 @@ class World(Wire):
             fields["seen_s"] = (fields["seen_s"] - seconds) % 2**32
             table.update([(key, table.value.pack(**fields))])
 
+    def age_notes(self, seconds: int) -> None:
+        """The same for notes of calls to endpoints themselves."""
+        notes = self._array("direct")
+        size, offset = notes.value.size, notes.value.offset("seen_s")
+        for index in range(notes.max_entries):
+            (seen_s,) = struct.unpack_from(
+                "=I", notes.view(notes.max_entries), index * size + offset
+            )
+            if seen_s:
+                notes.write_word(index, offset, (seen_s - seconds) % 2**32)
+
     def drops(self) -> dict[Drop, int]:
         """Counters that are not zero."""
         return {Drop(i): count for i, count in enumerate(self._counters("drops").sums()) if count}
@@ -284,6 +298,7 @@ def _create(name: str, shape: MapShape) -> Table:
         "service_counters": COUNTED_SERVICES,
         "held": HELD_ENTRIES,
         "holding": 1,
+        "direct": 1 + DIRECT_NOTES,
     }
     fd = bpf.map_create(
         shape.type,

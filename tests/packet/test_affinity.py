@@ -147,8 +147,8 @@ def test_datagram_from_a_port_in_use_keeps_to_the_clients_backend(world: World) 
         service = world.service(*vip, Protocol.UDP, backends=_ports(world), affinity_s=TIMEOUT_S)
         service.add_frontend(*node_port)
         first = world.run("pod_ingress", world.udp(client, vip)).dst
-        second = world.run("pod_ingress", world.udp(client, node_port)).dst
-        assert first == second
-        answer = world.udp(second, client)
-        world.run("egress", answer).expect(with_ends(answer, src=node_port))
+        second = world.run("pod_ingress", world.udp(client, node_port))
+        assert first == second.dst
+        answer = world.udp(second.dst, second.src)
+        world.run("egress", answer).expect(with_ends(answer, src=node_port, dst=client))
         world.reset()

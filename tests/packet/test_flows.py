@@ -7,7 +7,7 @@ from scapy.all import SCTPChunkAbort, SCTPChunkData, SCTPChunkInitAck, SCTPChunk
 
 from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, UDP_IDLE_S
 from ebpf_svc.dataplane.ebpf.layout import wire_port
-from ebpf_svc.model.net import Protocol, Sources
+from ebpf_svc.model.net import Protocol
 from tests.lib.packet_world import World
 from tests.lib.packets import with_ends
 
@@ -177,63 +177,6 @@ def test_deleted_udp_service_gets_nothing_any_more(world: World) -> None:
     world.run("pod_ingress", question)
     service.drain()
     world.run("pod_ingress", question).expect_untouched()
-
-
-@pytest.mark.parametrize("masquerade", [Sources.NONE, Sources.ALL], ids=["kept", "masqueraded"])
-def test_port_of_a_udp_flow_may_be_used_for_the_endpoint_itself(
-    world: World, masquerade: Sources
-) -> None:
-    """Answers to a datagram that went straight to the pod are not given the service's address."""
-    client, vip, backend = (world.net.outside, 5353), (world.net.vip, 53), (world.net.a, 5300)
-    world.service(*vip, Protocol.UDP, backends=[backend], masquerade_for=masquerade)
-    answer = world.udp(backend, client)
-    for _ in range(2):
-        world.run("node_ingress", world.udp(client, vip))
-        world.run("egress", answer).expect(with_ends(answer, src=vip))
-        straight = world.udp(client, backend)
-        world.run("node_ingress", straight).expect(straight)
-        world.run("egress", answer).expect(answer)
-
-
-def test_port_of_a_udp_flow_may_be_used_for_another_service_of_the_endpoint(world: World) -> None:
-    """The service asked last answers; its endpoint could not tell the two flows apart."""
-    client, backend = (world.net.pod, 5353), (world.net.a, 5300)
-    vips = [(world.net.vip, 53), (world.net.other_vip, 53)]
-    for vip in vips:
-        world.service(*vip, Protocol.UDP, backends=[backend])
-    answer = world.udp(backend, client)
-    for vip in (*vips, *vips):
-        world.run("pod_ingress", world.udp(client, vip))
-        world.run("egress", answer).expect(with_ends(answer, src=vip))
-
-
-def test_port_of_a_client_of_two_frontends_may_be_used_for_the_endpoint(world: World) -> None:
-    """However many addresses of the service it called before, in whatever order."""
-    client, backend = (world.net.pod, 5353), (world.net.a, 5300)
-    frontends = [(world.net.vip, 53), (world.net.node, 30053)]
-    service = world.service(*frontends[0], Protocol.UDP, backends=[backend])
-    service.add_frontend(*frontends[1])
-    answer, straight = world.udp(backend, client), world.udp(client, backend)
-    for first, second in (frontends, frontends[::-1]):
-        for frontend in (first, second):
-            world.run("pod_ingress", world.udp(client, frontend))
-            world.run("egress", answer).expect(with_ends(answer, src=frontend))
-        world.run("pod_ingress", straight).expect(straight)
-        world.run("egress", answer).expect(answer)
-
-
-def test_connection_straight_to_the_endpoint_ends_only_what_has_ended(world: World) -> None:
-    """A SYN past the service frees the port of a finished flow, and leaves a living one alone."""
-    client, vip, backend = (world.net.pod, 40000), (world.net.vip, 80), (world.net.a, 8080)
-    world.service(*vip, backends=[backend])
-    straight, answer = world.tcp(client, backend), world.tcp(backend, client, "SA")
-    world.run("pod_ingress", world.tcp(client, vip))
-    world.run("egress", answer).expect(with_ends(answer, src=vip))
-    world.run("pod_ingress", straight).expect(straight)
-    world.run("egress", answer).expect(with_ends(answer, src=vip))
-    world.run("pod_ingress", world.tcp(client, vip, "FA"))
-    world.run("pod_ingress", straight).expect(straight)
-    world.run("egress", answer).expect(answer)
 
 
 def test_requests_keep_a_udp_flow_alive(world: World) -> None:

@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 from ebpf_svc.model.desired import FrontendKind
 from ebpf_svc.model.net import Family, Sources, family_of
 
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 """Raise it whenever a struct of bpf/lib/types.h or a flag below changes meaning: it is part of the
 pin path.
 """
@@ -124,6 +124,12 @@ UDP_IDLE_S = 120
 """A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
 SYN_IDLE_S = 60
 """A half-open TCP flow unused this long picks anew."""
+TCP_IDLE_S = 86_400
+"""A TCP flow unused this long is over: netfilter's default would have it live five days, but a
+client that is silent for a day sends keep-alives."""
+DIRECT_NOTES = 65_536
+"""Notes of calls to endpoints themselves, each family: an array by hash, so that one costs a store.
+"""
 BACKEND_CHAIN_MAX = 16
 """Service ports of one endpoint address and port that a reply looks through; flows of an endpoint
 that has more are found by `reverse`.
@@ -215,6 +221,8 @@ def defines(family: Family) -> dict[str, str]:
         "MASQUERADE_SHIFT": str(MASQUERADE_SHIFT),
         "UDP_IDLE_S": str(UDP_IDLE_S),
         "SYN_IDLE_S": str(SYN_IDLE_S),
+        "TCP_IDLE_S": str(TCP_IDLE_S),
+        "DIRECT_NOTES": str(DIRECT_NOTES),
         "BACKEND_CHAIN_MAX": str(BACKEND_CHAIN_MAX),
         "SOCKET_ENTRIES": str(SOCKET_ENTRIES),
         "NO_BACKEND": str(NO_BACKEND),

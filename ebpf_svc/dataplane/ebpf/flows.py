@@ -7,13 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ebpf_svc.dataplane.ebpf.codec import Codec
-from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, UDP_IDLE_S, FlowState
+from ebpf_svc.dataplane.ebpf.constants import SYN_IDLE_S, TCP_IDLE_S, UDP_IDLE_S, FlowState
 from ebpf_svc.dataplane.ebpf.tables import FamilyTables
 from ebpf_svc.model.net import Protocol
 
-TCP_IDLE_S = 86_400
-"""A TCP flow unused this long is over: netfilter's default would have it live five days, but a
-client that is silent for a day sends keep-alives."""
 CLOSED_S = 10
 """How long a closed TCP flow still translates what was under way."""
 

@@ -66,6 +66,7 @@ def max_entries(name: str, settings: EbpfSettings) -> int:
         "udp_sockets": UDP_SOCKET_ENTRIES,
         "sockets": 0,
         "reverse": settings.flow_entries // (1 if settings.fast_path else REVERSE_SHARE),
+        "direct": 1 + constants.DIRECT_NOTES,
         "links": LINK_ENTRIES
         if settings.fast_path or options.translates_host_packets(settings)
         else 1,
@@ -121,6 +122,7 @@ class FamilyTables:
     held: HashTable
     holding: PerCpuArray
     reverse: HashTable
+    direct: ArrayTable
     links: HashTable
     openings: PerCpuArray
     service_counters: PerCpuArray

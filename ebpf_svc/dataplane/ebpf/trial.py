@@ -25,13 +25,14 @@ from ebpf_svc.model.desired import FrontendKey
 
 OWN = (
     *("flows", "affinity", "fragments", "held", "sockets", "udp_sockets", "reverse"),
+    *("direct",),
     *("service_counters", "drops", "monitor", "events"),
     *("openings", "holding"),
 )
 """Maps a trial has of its own: all that programs write."""
 ENTRIES = 8192
 """In each of them: clients a trial can send."""
-_SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor"), 1)
+_SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor", "direct"), 1)
 _SIZES |= {"sockets": 0, "drops": len(Drop), "held": 8}
 _SK_BUFF_BYTES, _MARK_OFFSET, _IFINDEX_OFFSET = 192, 8, 40
 
