@@ -31,7 +31,6 @@ PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
 """Of the packet ring, what machine code and type information (BTF) can matter to: emulated kernels
 are asked no more.
 """
-FAST = "ebpf-fast"
 REQUESTS_ON = vm.KERNEL
 """Where instructions per request are counted."""
 REQUESTS = (
