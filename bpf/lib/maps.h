@@ -15,7 +15,7 @@ BPF_F_TABLE("lpm_trie", struct range_key, __u32, source_ranges, 1, BPF_F_NO_PREA
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 1);
 BPF_TABLE("lru_hash", struct held_key, struct held_value, held, 1);
 BPF_TABLE("percpu_array", __u32, struct holding, holding, 1);
-BPF_TABLE("lru_hash", __u64, __u32, udp_sockets, 1);
+BPF_TABLE("lru_hash", __u64, struct udp_socket_value, udp_sockets, 1);
 BPF_TABLE("lru_hash", struct reverse_key, struct flow_key, reverse, 1);
 BPF_F_TABLE("array", __u32, struct direct_note, direct, 1, BPF_F_MMAPABLE);
 BPF_TABLE("hash", __u32, struct link_value, links, 1);

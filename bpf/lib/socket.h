@@ -212,12 +212,13 @@ static __always_inline int socket_call(struct bpf_sock_addr *ctx, bool connectin
 	if (socket)
 		socket_remember(socket, &to, backend, id);
 	if (connecting && to.proto == IPPROTO_UDP) {
+		struct udp_socket_value given = { .backend_id = id, .family = IP_FAMILY };
 		__u64 cookie = bpf_get_socket_cookie(ctx);
 
 		/* Such a socket never asks again: the agent ends it when its
 		 * backend goes.
 		 */
-		udp_sockets.update(&cookie, &id);
+		udp_sockets.update(&cookie, &given);
 	}
 	count_connection(frontend->service);
 	tell_socket(netns, &to, &backend->at, 0, now);

@@ -182,6 +182,12 @@ struct socket_value {
 	__u32 next;		/* the entry to replace */
 };
 
+/* The backend a connected UDP socket was given. */
+struct udp_socket_value {
+	__u32 backend_id;
+	__u32 family;		/* IP_FAMILY: each has ids of its own */
+};
+
 /* What a service port got, each CPU for itself; both directions. */
 struct service_counters {
 	__u64 connections;

@@ -168,7 +168,7 @@ def memory_tables(
     word, cookie = _layout("__u32"), _layout("__u64")
     tables: dict[str, MemoryHash | MemoryArray | MemoryCounters] = {
         "slots": MemoryArray("slots", word, slots),
-        "udp_sockets": MemoryHash("udp_sockets", cookie, word, 64),
+        "udp_sockets": MemoryHash("udp_sockets", cookie, given, 64),
         "settings": MemoryHash("settings", word, word, 1),
         "xdp_next": MemoryHash("xdp_next", word, word, 1),
         "drops": MemoryHash("drops", word, word, 1),
@@ -210,6 +210,7 @@ def memory_tables(
             ("held", word, word, 1),
             ("holding", word, word, 1),
             ("reverse", word, word, 1),
+            ("direct", word, word, 1),
             ("links", word, word, 1),
             ("openings", word, word, 1),
             ("sockets", word, word, 1),

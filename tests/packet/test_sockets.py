@@ -167,7 +167,7 @@ def _without_its_backend(tables: Tables, settings: EbpfSettings, client: Client)
     (backend,) = agent.states[Family.V4].records[plan.key].backend_ids
     sockets = tables.udp_sockets
     cookie = sockets.key.pack(value=client.cookies["v4"])
-    sockets.update([(cookie, sockets.value.pack(value=backend))])
+    sockets.update([(cookie, sockets.value.pack(backend_id=backend, family=int(Family.V4)))])
     agent.apply(make_desired(make_plan("dns", FRONTEND, backends=[])))
     return agent
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from ebpf_svc.dataplane.ebpf.codec import number
 from ebpf_svc.dataplane.ebpf.state import FamilyState
 from ebpf_svc.dataplane.ebpf.sweep import FamilySweep
 from ebpf_svc.dataplane.ebpf.table import HashTable
@@ -89,24 +88,21 @@ class Sweeper:
             }
         if not lost or self._cgroup is None:
             return 0
-        ids = set(lost.values())
+        pack = self._udp_sockets.value.pack
+        given = {pack(backend_id=each, family=int(at[0])) for at, each in lost.items()}
         sockets = {
             int.from_bytes(key, sys.byteorder): key
             for key, value in self._udp_sockets.items()
-            if number(value) in ids
+            if value in given
         }
         if not sockets:
             return 0
-        ended = set()
 
         def has_lost(peer: Peer) -> bool:
-            # Each family has ids of its own.
-            if peer.cookie in sockets and (peer.family, peer.address, peer.port) in lost:
-                ended.add(peer.cookie)
-            return peer.cookie in ended
+            return peer.cookie in sockets and (peer.family, peer.address, peer.port) in lost
 
         count = destroy_below(self._cgroup, has_lost)
-        self._udp_sockets.delete([sockets[cookie] for cookie in ended])
+        self._udp_sockets.delete(list(sockets.values()))
         log.info("sweep.sockets", sockets=count, backends=len(lost))
         return count
 
