@@ -166,6 +166,7 @@ def memory_tables(
 ) -> Tables:
     """Empty maps of these sizes."""
     word, cookie = _layout("__u32"), _layout("__u64")
+    given = _layout(_numbers("backend_id:32 family:32"))
     tables: dict[str, MemoryHash | MemoryArray | MemoryCounters] = {
         "slots": MemoryArray("slots", word, slots),
         "udp_sockets": MemoryHash("udp_sockets", cookie, given, 64),
