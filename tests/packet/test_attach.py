@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -475,6 +476,23 @@ def test_lost_notifications_are_made_up_for(node, monkeypatch):
     eventually(lambda: len(attachments.devices()), until=lambda count: count == 102)
     assert overruns
     assert all(node.names(f"veth{i}") == POD for i in range(100, 200, 9))
+    attachments.stop()
+
+
+def test_device_heard_of_many_times_at_once_gets_its_programs(node, monkeypatch):
+    """What a busy agent hears late, it hears together: a device that came, went up and changed."""
+    wait = rtnetlink.Notifications.wait
+
+    def late_wait(self: rtnetlink.Notifications, timeout_s: float | None = None) -> object:
+        time.sleep(0.3)
+        return wait(self, timeout_s)
+
+    monkeypatch.setattr(rtnetlink.Notifications, "wait", late_wait)
+    attachments = node.start()
+
+    node.ip(veth("veth9"), "link set veth9 up", "link set veth9 mtu 1400")
+
+    eventually(lambda: node.names("veth9"), until=lambda names: names == POD)
     attachments.stop()
 
 

@@ -232,7 +232,7 @@ class Attachments:
                     continue
                 # A device of the same index in a message to come is another device.
                 broken.pop(link.index, None)
-                fresh.pop(link.index, None)
+                was_fresh = fresh.pop(link.index, None) is not None
                 if message.type == rtnetlink.DELLINK:
                     self._devices.pop(link.index, None)
                     self._problems.pop(link.index, None)
@@ -241,7 +241,7 @@ class Attachments:
                 else:
                     old = self._devices.get(link.index)
                     self._devices[link.index] = (link, role)
-                    if old is None or old[1] is not role:
+                    if was_fresh or old is None or old[1] is not role:
                         fresh[link.index] = (link, role)
             elif message.type in (rtnetlink.DELTFILTER, rtnetlink.DELQDISC):
                 index = links.index_of_tc(message)
