@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ebpf_svc.config import EbpfSettings
-from ebpf_svc.dataplane.ebpf import sweeper as sweeper_module
+from ebpf_svc.dataplane.ebpf import sweeper
 from ebpf_svc.dataplane.ebpf.forwarding import Forwarding
 from ebpf_svc.dataplane.ebpf.sweeper import Sweeper
 from ebpf_svc.dataplane.ebpf.tables import Tables
@@ -159,65 +159,63 @@ BACKEND = make_backend("127.0.0.1", 5001)
 FRONTEND = make_frontend(protocol=Protocol.UDP)
 
 
-def _without_its_backend(tables: Tables, settings: EbpfSettings, client: Client) -> Forwarding:
-    """The client's socket is with an endpoint, which then leaves."""
-    agent = Forwarding(tables, settings)
+@pytest.fixture
+def agent(tables: Tables, own_settings: EbpfSettings, client: Client) -> Forwarding:
+    """It gave the client's socket an endpoint, which has just left."""
+    agent = Forwarding(tables, own_settings)
     plan = make_plan("dns", FRONTEND, backends=[BACKEND])
     agent.apply(make_desired(plan))
     (backend,) = agent.states[Family.V4].records[plan.key].backend_ids
     sockets = tables.udp_sockets
     cookie = sockets.key.pack(value=client.cookies["v4"])
-    sockets.update([(cookie, sockets.value.pack(backend_id=backend, family=int(Family.V4)))])
+    given = sockets.value.pack(backend_id=backend, family=int(Family.V4))
+    sockets.update([(cookie, given)])
     agent.apply(make_desired(make_plan("dns", FRONTEND, backends=[])))
     return agent
 
 
-def _sweeper(tables: Tables, agent: Forwarding, cgroup: Path) -> Sweeper:
-    return Sweeper(agent.states, tables.udp_sockets, threading.RLock(), cgroup=cgroup)
+@pytest.fixture
+def end_sockets(
+    tables: Tables, cgroup: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Forwarding, float], int]:
+    """Have an agent end the sockets whose backend left so many seconds ago."""
+
+    def end(agent: Forwarding, linger_s: float) -> int:
+        monkeypatch.setattr(sweeper, "LINGER_S", linger_s)
+        lock = threading.RLock()
+        return Sweeper(agent.states, tables.udp_sockets, lock, cgroup=cgroup).end_sockets()
+
+    return end
 
 
 def test_socket_without_its_backend_is_destroyed_after_a_moment(
-    tables: Tables,
-    own_settings: EbpfSettings,
-    cgroup: Path,
-    client: Client,
-    monkeypatch: pytest.MonkeyPatch,
+    agent: Forwarding, end_sockets: Callable[[Forwarding, float], int], client: Client
 ) -> None:
     """An answer that is on its way when the endpoint leaves is still heard; then C10."""
-    sweeper = _sweeper(tables, _without_its_backend(tables, own_settings, client), cgroup)
-    assert sweeper.end_sockets() == 0
-    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
-    assert sweeper.end_sockets() == 1
-    assert sweeper.end_sockets() == 0
+    assert end_sockets(agent, sweeper.LINGER_S) == 0
+    assert end_sockets(agent, 0) == 1
+    assert end_sockets(agent, 0) == 0
     assert client.errors() == {"v4": ECONNABORTED}
 
 
 def test_socket_lives_when_its_backend_comes_back_in_that_moment(
-    tables: Tables,
-    own_settings: EbpfSettings,
-    cgroup: Path,
-    client: Client,
-    monkeypatch: pytest.MonkeyPatch,
+    agent: Forwarding, end_sockets: Callable[[Forwarding, float], int], client: Client
 ) -> None:
     """It serves again: there is nothing the socket has lost."""
-    agent = _without_its_backend(tables, own_settings, client)
     agent.apply(make_desired(make_plan("dns", FRONTEND, backends=[BACKEND])))
-    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
-    assert _sweeper(tables, agent, cgroup).end_sockets() == 0
+    assert end_sockets(agent, 0) == 0
     assert client.errors() == {}
 
 
 def test_socket_without_its_backend_is_destroyed_by_the_next_agent(
+    agent: Forwarding,
+    end_sockets: Callable[[Forwarding, float], int],
+    client: Client,
     tables: Tables,
     own_settings: EbpfSettings,
-    cgroup: Path,
-    client: Client,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An agent that ended in that moment has not forgotten the socket (Z2)."""
-    _without_its_backend(tables, own_settings, client)
-    agent = Forwarding(tables, own_settings)
-    agent.adopt()
-    monkeypatch.setattr(sweeper_module, "LINGER_S", 0.0)
-    assert _sweeper(tables, agent, cgroup).end_sockets() == 1
+    successor = Forwarding(tables, own_settings)
+    successor.adopt()
+    assert end_sockets(successor, 0) == 1
     assert client.errors() == {"v4": ECONNABORTED}
