@@ -35,7 +35,7 @@ REQUESTS_ON = vm.KERNEL
 """Where instructions per request are counted."""
 REQUESTS = (
     f"modprobe -a {' '.join(vm.MODULES)} && "
-    ".venv/bin/python -m ebpf_svc.bench.path --json test-logs/path.json --services 1 --rounds 1 "
+    ".venv/bin/python -m ebpf_svc.bench.path --json test-logs/path.json --services 1 --rounds 3 "
     "--ms 10 --variants direct ebpf ebpf-tc ebpf-fast ipvs --measures connect udp && "
     ".venv/bin/python -m tests.vm.requests test-logs/path.json tests/vm/requests.json"
 )
