@@ -84,6 +84,15 @@ def test_emulated_kernels_are_asked_everything_on_demand() -> None:
     assert parts == [("6.12", "packet"), ("6.12", "smoke")]
 
 
+def test_what_a_process_cannot_do_the_emulated_kernel_is_asked() -> None:
+    """Nothing of the packet ring is left out of every machine."""
+    asked = {(job.kernel, job.what): job.command for job in suite.jobs(["newest", "newest-um"])}
+
+    (case,) = suite.LEFT_OUT["newest-um"]
+    assert asked["newest-um", "packet"][-2:] == ("--deselect", case)
+    assert case in asked["newest", "programs"]
+
+
 def test_instructions_are_counted_where_the_clock_does() -> None:
     """What a request costs is a count of the ring, not a timing."""
     (job,) = suite.jobs(["5.10", "6.1", "6.1-um"], only=["requests"])
