@@ -25,9 +25,8 @@ from ebpf_svc.model.desired import FrontendKey
 
 OWN = (
     *("flows", "affinity", "fragments", "held", "sockets", "udp_sockets", "reverse"),
-    *("direct",),
     *("service_counters", "drops", "monitor", "events"),
-    *("openings", "holding"),
+    *("openings", "holding", "direct"),
 )
 """Maps a trial has of its own: all that programs write."""
 ENTRIES = 8192
