@@ -91,6 +91,8 @@ class Cluster:
             with self.router.namespace.netlink() as ip:
                 route_pods_by_node(ip, self.nodes)
         self.route_vips(self.nodes[0])
+        for host in self._hosts:
+            host.namespace.settle()
 
     def __enter__(self) -> Cluster:
         return self

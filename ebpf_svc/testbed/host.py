@@ -121,7 +121,11 @@ class Node(Host):
         self._next_host_number = addressing.FIRST_POD
 
     def add_pod(self, name: str, addresses: Addresses | None = None) -> Pod:
-        """Attach a new pod; without addresses it gets the next free ones of the node's range."""
+        """Attach a new pod; without addresses it gets the next free ones of the node's range.
+
+        Raises:
+            TentativeAddress: one of its or the node's addresses may not be used in time.
+        """
         return self._attach(name, addresses, self.folders.cgroup / "pods" / name)
 
     def add_sandbox_pod(self, name: str, addresses: Addresses | None = None) -> Pod:
@@ -148,4 +152,6 @@ class Node(Host):
         pod = Pod(self, name, Namespace(f"{prefix}{name}"), group, addresses)
         self.pods[name] = pod
         self._wiring.attach(self, pod)
+        for host in (self, pod):
+            host.namespace.settle()
         return pod

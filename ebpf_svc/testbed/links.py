@@ -42,7 +42,7 @@ def set_up_eth0(ip: Any, host: Host, lengths: Mapping[Family, int]) -> int:
 
 
 def add_address(ip: Any, index: int, address: str, length: int) -> None:
-    """Give a device an address that is usable at once."""
+    """Give a device an address; `Namespace.settle` waits until it may be used."""
     ip.addr("add", index=index, address=address, prefixlen=length)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +14,14 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
+from ebpf_svc.errors import EbpfSvcError
 from ebpf_svc.testbed import kernel
+from ebpf_svc.testbed.patience import PATIENCE
 
-# No duplicate address detection, no router discovery: an address is usable once it is given.
+IFA_F_TENTATIVE = 0x40
+SETTLED_S = 30.0
+POLL_S = 0.005
+# No duplicate address detection, no router discovery: nobody is asked about an address.
 _QUIET_IPV6 = {
     f"net/ipv6/conf/{scope}/{name}": value
     for scope in ("all", "default")
@@ -26,6 +33,10 @@ _TALKATIVE = {"net/ipv4/icmp_ratemask": 0, "net/ipv6/icmp/ratelimit": 0}
 
 # A shell joins the cgroup before the program exists: sockets belong to the cgroup they open in.
 _JOIN_CGROUP = ("/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
+
+
+class TentativeAddress(EbpfSvcError):
+    """The kernel does not let an address be used."""
 
 
 class Namespace:
@@ -61,6 +72,23 @@ class Namespace:
             for name, value in values.items():
                 Path("/proc/sys", name).write_text(str(value))
 
+    def settle(self) -> None:
+        """Wait until every address may be used.
+
+        The kernel sees to a new IPv6 address in a work queue, one that is its device's own, too:
+        half a minute later when it has a lot to tidy up. Until then nothing is sent from it, not
+        even a neighbour solicitation.
+
+        Raises:
+            TentativeAddress: one may not, for longer than that.
+        """
+        ends_s = time.monotonic() + SETTLED_S * PATIENCE
+        with self.entered():
+            while waiting := _tentative():
+                if time.monotonic() > ends_s:
+                    raise TentativeAddress(f"{self.name}: not usable yet: {', '.join(waiting)}")
+                time.sleep(POLL_S)
+
     def popen(self, argv: Sequence[str], *, cgroup: Path, **options: Any) -> subprocess.Popen[str]:
         """Start a process in the namespace and cgroup; options as for Popen, streams are text."""
         with self.entered():
@@ -70,6 +98,16 @@ class Namespace:
         """Give the namespace up; the kernel frees it once no process lives in it."""
         os.close(self.fd)
         kernel.remove_netns(self.name)
+
+
+def _tentative() -> list[str]:
+    """Addresses of the calling thread's namespace that may not be used yet, with their devices."""
+    lines = Path("/proc/thread-self/net/if_inet6").read_text().splitlines()
+    return [
+        f"{ipaddress.IPv6Address(bytes.fromhex(address))} on {device}"
+        for address, _, _, _, flags, device in map(str.split, lines)
+        if int(flags, 16) & IFA_F_TENTATIVE
+    ]
 
 
 def python_argv(module: str, *, site_packages: bool = True) -> list[str]:

@@ -198,8 +198,9 @@ def test_udp_flow_stays_with_its_backend_and_moves_on_when_it_goes(
     web = publish([world.web1, world.web3])
     with ExitStack() as stack:
         flows = _udp_flows(world, web, stack, connected=False)
-        first = {name: flow.ping().server for name, flow in flows.items()}
-        assert set(first.values()) <= {"web1", "web3"}
+        begun = {name: flow.ping() for name, flow in flows.items()}
+        first = {name: one.server for name, one in begun.items()}
+        assert set(first.values()) <= {"web1", "web3"}, begun
         assert {name: flow.ping().server for name, flow in flows.items()} == first
         world.publish(web, [world.web2])
         moved = {name: flow.ping() for name, flow in flows.items()}

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from ebpf_svc.model.net import Family, Protocol
-from ebpf_svc.testbed import leftovers
+from ebpf_svc.testbed import leftovers, namespace
 from ebpf_svc.testbed.cluster import Cluster
 from ebpf_svc.testbed.host import Host
+from ebpf_svc.testbed.namespace import TentativeAddress
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traffic import (
     Outcome,
@@ -166,6 +167,32 @@ def test_removed_pod_is_gone(bridge: Cluster) -> None:
     again = node.add_pod("brief", pod.addresses)
     serve(again, tcp=[80], name="again")
     assert spread(ask(node, pod.address(Family.V4), 80)) == {"again": 1}
+
+
+def test_address_that_may_not_be_used_yet_is_waited_for(
+    bridge: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the kernel has seen to an IPv6 address, not even a solicitation leaves from it."""
+    space = bridge.client.namespace
+    with space.netlink() as ip:
+        ip.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
+        near, far = (ip.link_lookup(ifname=name)[0] for name in ("near", "far"))
+        try:
+            space.sysctl({"net/ipv6/conf/all/accept_dad": 1})
+            ip.link("set", index=near, state="up")
+            ip.addr("add", index=near, address="2001:db8:77::1", prefixlen=64)
+            with monkeypatch.context() as patched:
+                patched.setattr(namespace, "SETTLED_S", 0.1)
+                with pytest.raises(TentativeAddress, match="2001:db8:77::1 on near"):
+                    space.settle()
+            ip.link("set", index=far, state="up")
+            space.settle()
+            assert "2001:db8:77::1" not in bridge.client.run(
+                ["ip", "-6", "addr", "show", "tentative"]
+            )
+        finally:
+            space.sysctl({"net/ipv6/conf/all/accept_dad": 0})
+            ip.link("del", index=near)
 
 
 def test_sandbox_runs_outside_the_cgroup_of_its_node(cluster: Cluster) -> None:
