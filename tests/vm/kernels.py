@@ -53,8 +53,13 @@ class Kernel:
     @property
     def version(self) -> tuple[int, int]:
         """Major and minor."""
-        major, minor = re.findall(r"\d+", self.release)[:2]
-        return int(major), int(minor)
+        return version_of(self.release)
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Major and minor number of a release, or of a package's name."""
+    major, minor = re.findall(r"\d+", text)[:2]
+    return int(major), int(minor)
 
 
 def wanted() -> tuple[Wanted, ...]:

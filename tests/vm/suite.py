@@ -31,15 +31,6 @@ PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
 """Of the packet ring, what machine code and type information (BTF) can matter to: emulated kernels
 are asked no more.
 """
-LEFT_OUT = {
-    "newest-um": (
-        "tests/packet/test_loading.py::"
-        "test_every_kind_of_keyed_table_lists_and_clears[source_ranges]",
-    )
-}
-"""What a process is not asked, and the emulated kernel of the version is: 7.2 takes a trie's memory
-by `kmalloc_nolock` with interrupts off, and user mode, without `cmpxchg16b`, gets none there.
-"""
 REQUESTS_ON = vm.KERNEL
 """Where instructions per request are counted."""
 REQUESTS = (
@@ -100,14 +91,12 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
         if is_process or whole:
-            left_out = [word for each in LEFT_OUT.get(name, ()) for word in ("--deselect", each)]
-            marks = left_out if is_process else _WITHOUT_LLVM
+            marks = () if is_process else _WITHOUT_LLVM
             made.append(Job(name, "packet", (*PYTEST, "tests/packet", *marks)))
             chosen = [word for variant in VARIANTS for word in ("--dataplane", variant)]
             made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
         else:
             modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
-            modules += LEFT_OUT.get(name + USER_MODE, ())
             made.append(Job(name, "programs", (*PYTEST, *modules, *_LIGHT)))
     order = ("behaviour", "switch", "requests", "programs", "packet", "smoke")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))

@@ -13,10 +13,11 @@ import shlex
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.vm import archive
-from tests.vm.kernels import CACHE, Kernel, NoKernel, Wanted
+from tests.vm.kernels import CACHE, Kernel, NoKernel, Wanted, version_of
 from tests.vm.setup import GUEST_OUT, Setup
 
 BOOT_S = 60.0
@@ -78,24 +79,47 @@ FLAGS = "-DCONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS=1"
 """The verifier asks that of a processor before it lets programs read words where packets have them.
 This one can; old versions forget to say so for user mode.
 """
-CORRECTIONS = {
-    "kernel/bpf/*.c": (
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A line of some versions' sources, and what it is replaced by."""
+
+    files: str
+    line: str
+    instead: str
+    since: tuple[int, int] = (0, 0)
+    before: tuple[int, int] = (99, 0)
+    """Of versions: who has the line and needs it replaced."""
+
+
+CORRECTIONS = (
+    # Without machine code a program runs on the stack of the one that called it, so the verifier
+    # asks for the deepest stack where it sees a tail call. This line, run later, forgets it: the
+    # called program writes over the interpreter's registers, and the kernel dies.
+    Correction(
+        "kernel/bpf/*.c",
         "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
         "if (env->prog->aux->stack_depth < subprogs[0].stack_depth) "
         "env->prog->aux->stack_depth = subprogs[0].stack_depth;",
+        since=(6, 9),
     ),
-    "arch/um/kernel/trap.c": (
+    # The first touch of new memory looked at all memory of maps there is.
+    Correction(
+        "arch/um/kernel/trap.c",
         "flush_tlb_kernel_vm();",
         "flush_tlb_kernel_range(address & PMD_MASK, (address & PMD_MASK) + PMD_SIZE);",
+        before=(6, 11),
     ),
-}
-"""By file: a line that some versions have, and what it is replaced by.
-
-The first, from 6.9 on: without machine code a program runs on the stack of the one that called it,
-so the verifier asks for the deepest stack where it sees a tail call. That line, run later, forgets
-it: the called program writes over the interpreter's registers, and the kernel dies.
-The second, before 6.11: the first touch of new memory looked at all memory of maps there is.
-"""
+    # Tries have memory that is refilled by an interrupt the processor sends itself. User mode has
+    # none and refills at the next tick: the fifth entry before it found no memory.
+    Correction(
+        "kernel/bpf/memalloc.c",
+        "irq_work_queue(&c->refill_work);",
+        "bpf_mem_refill(&c->refill_work);",
+        since=(6, 13),
+    ),
+)
 POWER_OFF = "python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'"
 
 
@@ -103,16 +127,22 @@ def cached(name: str) -> Kernel | None:
     """The kernel of that name, if it was built before from what it would be built from now."""
     folder = FOLDER / name
     for image in sorted(folder.glob("linux-*")):
-        recipe = folder / RECIPE
-        if recipe.exists() and recipe.read_text() == _recipe():
-            return Kernel(name, image.name.removeprefix("linux-"), image)
+        kernel, recipe = Kernel(name, image.name.removeprefix("linux-"), image), folder / RECIPE
+        if recipe.exists() and recipe.read_text() == _recipe(kernel.version):
+            return kernel
     return None
 
 
-def _recipe() -> str:
+def _corrections(version: tuple[int, int]) -> list[Correction]:
+    return [each for each in CORRECTIONS if each.since <= version < each.before]
+
+
+def _recipe(version: tuple[int, int]) -> str:
     """All that is ours of what a kernel is made from."""
     ours = [CONFIGURATION.read_text(), STATE.read_text(), FLAGS]
-    return "\n".join([*ours, *(word for pair in CORRECTIONS.values() for word in pair)])
+    for each in _corrections(version):
+        ours += [each.files, each.line, each.instead]
+    return "\n".join(ours)
 
 
 def fetch(row: Wanted) -> Kernel:
@@ -133,16 +163,16 @@ def fetch(row: Wanted) -> Kernel:
         (source,) = apt.download([package], Path(work))
         archive.run(["dpkg", "-x", str(source), work])
         archive.run(["tar", "-C", work, "-xf", f"{work}/usr/src/{package}.tar.xz"])
-        for pattern, correction in CORRECTIONS.items():
-            for file in tree.glob(pattern):
-                file.write_text(file.read_text().replace(*correction))
+        version = version_of(package)
+        for each in _corrections(version):
+            _correct(tree, each)
         make = ["make", "-C", str(tree), "ARCH=um"]
         archive.run([*make, f"KCONFIG_ALLCONFIG={CONFIGURATION}", "allnoconfig"])
         archive.run([*make, f"-j{os.cpu_count()}", f"KCFLAGS={FLAGS}", "linux"])
         release = archive.run([*make, "-s", "kernelrelease"]).strip()
         made = Path(work, "made")
         made.mkdir()
-        (made / RECIPE).write_text(_recipe())
+        (made / RECIPE).write_text(_recipe(version))
         (tree / "linux").rename(made / f"linux-{release}")
         compile_state = ["cc", "-O2", "-Wall", "-shared", "-fPIC", str(STATE)]
         archive.run([*compile_state, "-o", f"{made}/state.so"])
@@ -151,6 +181,15 @@ def fetch(row: Wanted) -> Kernel:
             target.rename(Path(work, "old"))
         made.rename(target)
     return Kernel(row.name, release, target / f"linux-{release}")
+
+
+def _correct(tree: Path, correction: Correction) -> None:
+    """Raises NoKernel where there is no such line."""
+    found = [file for file in tree.glob(correction.files) if correction.line in file.read_text()]
+    if not found:
+        raise NoKernel(f"{correction.files} of {tree.name} has no line {correction.line!r}")
+    for file in found:
+        file.write_text(file.read_text().replace(correction.line, correction.instead))
 
 
 def prepare(out: Path) -> Setup:
