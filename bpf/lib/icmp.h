@@ -138,6 +138,31 @@ static __always_inline int error_to_backend(struct __sk_buff *skb, struct packet
 			     &flow->backend.addr);
 }
 
+/* A process that calls its own node does so by a local route, which remembers the path
+ * only if it is narrower than the device with the node's address
+ * (rt6_insert_exception). Fragments hold whole eights of bytes: one byte less of 1500
+ * changes none.
+ */
+static __always_inline int narrow_path(struct __sk_buff *skb, const struct packet *pkt)
+{
+#if IP_FAMILY == 6
+	__u32 at = pkt->l4 + 4;
+	__be32 mtu, less;
+
+	if (pkt->icmp_type != ICMPV6_PKT_TOOBIG)
+		return NEXT;
+	if (bpf_skb_load_bytes(skb, at, &mtu, sizeof(mtu)))
+		return NEXT;
+	if (bpf_ntohl(mtu) <= IPV6_MIN_MTU)
+		return NEXT;
+	less = bpf_htonl(bpf_ntohl(mtu) - 1);
+	if (bpf_skb_store_bytes(skb, at, &less, sizeof(less), 0) ||
+	    bpf_l4_csum_replace(skb, pkt->l4 + 2, mtu, less, sizeof(less)))
+		return drop(DROP_REWRITE_FAILED);
+#endif
+	return NEXT;
+}
+
 /* Somebody's error about a translated request: to the client, from the frontend
  * if it was the backend that sent it. host: only if the client is a process of
  * this node.
@@ -160,6 +185,8 @@ static __always_inline int error_to_client(struct __sk_buff *skb, struct packet 
 	if (!flow || (flow->flags & FLOW_HAIRPIN) || (host && !(flow->flags & FLOW_HOST)))
 		return NOT_OURS;
 	host = HOST_PACKETS && (flow->flags & FLOW_HOST);
+	if (host && narrow_path(skb, pkt) != NEXT)
+		return TC_ACT_SHOT;
 	quoted.src = host ? key->client : inner.src;
 	quoted.sport = key->client_port;
 	quoted.dst = flow->frontend.addr;

@@ -107,10 +107,6 @@ GAPS: dict[tuple[str, str], str] = {
         "userspace",
         "test_datagram_that_outlives_its_hops_is_reported_to_its_socket",
     ): _ENDS_AT_THE_RELAY,
-    ("ebpf-no-sockets", "test_large_datagrams_reach_a_node_port_of_the_node_itself"): (
-        "a node's own IPv6 node port is reached over the loopback device, which cuts nothing into "
-        "pieces, and no router may"
-    ),
     ("nftables", "test_node_ports_answer_on_loopback_of_both_families"): (
         "the kernel lets no packet from ::1 leave the node; kube-proxy has none at all (X14)"
     ),
