@@ -101,6 +101,19 @@ class Socket:
             results += [answers[first + i] for i in range(len(chunk))]
         return results
 
+    def get(self, kind: int, body: bytes) -> bytes:
+        """Ask for one object: its body; raises OSError when the kernel refuses or has none."""
+        self._sequence += 1
+        self._socket.send(encode(kind, REQUEST, self._sequence, body))
+        while True:
+            for got, _, sequence, payload in messages(self._socket.recv(_RECEIVE_BYTES)):
+                if sequence != self._sequence:
+                    continue
+                failure = failure_of(payload) if got == _NLMSG_ERROR else None
+                if failure is not None:
+                    raise OSError(failure.errno, failure.reason)
+                return payload
+
     def dump(self, kind: int, body: bytes) -> list[Message]:
         """Ask for every object of a kind.
 

@@ -1,4 +1,4 @@
-"""Destroy sockets whose peer is gone, in every network namespace of a cgroup.
+"""Destroy sockets whose peer is gone, in every network namespace of a cgroup; find who receives.
 
 A connected socket that the socket hooks translated talks to its backend without asking anybody
 again. When that backend goes, the socket must learn it: SOCK_DESTROY makes its next call fail with
@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import netlink
-from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.net import Family, Protocol, family_of
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
@@ -33,6 +33,9 @@ _REQUEST = struct.Struct("=BBBBI48s")
 """inet_diag_req_v2: family, protocol, extensions, pad, states, socket id."""
 _ANSWER = struct.Struct("=BBBB48s20x")
 """inet_diag_msg: family, state, timer, retransmits, socket id, counters."""
+_ID = struct.Struct("!HH16s16sI8s")
+"""inet_diag_sockid: both ends' ports, both addresses, device, cookie."""
+_ANY_COOKIE = b"\xff" * 8
 _PEER = struct.Struct("!2xH16x16s")
 _COOKIE = struct.Struct("=40xQ")
 """Parts of inet_diag_sockid: the peer's port and address (wire order), the cookie (host order)."""
@@ -97,6 +100,30 @@ def destroy_below(
         in_namespace(path, lambda: destroy_sockets(matches, protocols=protocols)) or 0
         for path in network_namespaces(cgroup)
     )
+
+
+def is_connected_receiver(source: tuple[str, int], to: tuple[str, int]) -> bool | None:
+    """Whether the socket that would get a datagram is connected: the kernel searches as it would.
+
+    Args:
+        source: who sends.
+        to: where to, in this thread's network namespace.
+
+    Returns:
+        None when no socket gets it, or this kernel cannot be asked.
+    """
+    family = _AF[family_of(to[0])]
+    ends = [socket.inet_pton(family, address).ljust(16, b"\0") for address in (source[0], to[0])]
+    # As a datagram has them: of UDP's sockets the kernel takes the first end for the other's.
+    wanted = _ID.pack(source[1], to[1], *ends, 0, _ANY_COOKIE)
+    request = _REQUEST.pack(family, Protocol.UDP.number, 0, 0, 0xFFFFFFFF, wanted)
+    with closing(netlink.Socket(NETLINK_SOCK_DIAG)) as link:
+        try:
+            found = link.get(SOCK_DIAG_BY_FAMILY, request)
+        except OSError:
+            return None
+    port, _ = _PEER.unpack_from(_ANSWER.unpack_from(found)[4])
+    return bool(port)
 
 
 def network_namespaces(cgroup: Path) -> list[Path]:
