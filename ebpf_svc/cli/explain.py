@@ -13,8 +13,8 @@ from ebpf_svc.cli.settings import PLACE, settings_from, settings_options
 from ebpf_svc.errors import ConfigError, DataplaneError
 from ebpf_svc.explain import client as clients
 from ebpf_svc.explain import explain as explaining
+from ebpf_svc.explain import port, target, words
 from ebpf_svc.explain import scene as scenes
-from ebpf_svc.explain import target, words
 from ebpf_svc.explain.explain import Explanation
 from ebpf_svc.explain.model import Verdict
 from ebpf_svc.explain.way import Way
@@ -33,13 +33,14 @@ COLOURS = {
     Verdict.REFUSED: "yellow",
     Verdict.DROPPED: "red",
     Verdict.UNTOUCHED: "cyan",
+    Verdict.OTHER_PORT: "cyan",
 }
 
 
 @click.command(name="explain")
 @click.argument("src")
 @click.argument("dst", nargs=-1, required=True)
-@click.option("--client-port", type=click.IntRange(1, 65535), help="Whose live flow counts.")
+@click.option("--client-port", type=click.IntRange(1, 65535), help="What it is in use for counts.")
 @click.option("--sandbox", is_flag=True, help="The socket hooks do not see the client.")
 @click.option("--spread", type=click.IntRange(1, 8000), help="Try so many ports; count the ends.")
 @click.option("--kernel-only", is_flag=True, help="Ask neither manifests nor the API server.")
@@ -126,6 +127,7 @@ def record(told: Explanation) -> dict[str, Any]:
         "backend": at(*backend) if backend else None,
         "masquerade": told.masquerades,
         "hairpin": bool(proof and proof.outcome.hairpin),
+        "port": _port(told),
         "way": _way(told.way),
         "endpoints": [
             {
@@ -154,6 +156,26 @@ def record(told: Explanation) -> dict[str, Any]:
         },
         "spread": _spread(told),
         "summary": words.summary(told),
+    }
+
+
+def _port(told: Explanation) -> dict[str, Any] | None:
+    """The client's port, and what the maps know of it."""
+    facts, backend = told.port, told.backend
+    if facts is None:
+        return None
+    asked = facts.asked if told.prediction.reason == "own_answer" else None
+    return {
+        "client": told.call.client[1],
+        "seen": port.seen_port(told),
+        "in_use": [
+            {"called": called, "endpoint": endpoint, "idle_s": idle_s}
+            for called, endpoint, idle_s in (port.in_use(facts, backend) if backend else ())
+        ],
+        "passed_over": [
+            {"port": number, "holder": holder} for number, holder in port.passed_over(told)
+        ],
+        "answers": asdict(asked) if asked else None,
     }
 
 

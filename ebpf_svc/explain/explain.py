@@ -19,7 +19,7 @@ from ebpf_svc.dataplane.ebpf.options import (
     translates_host_packets,
     uses_fast_path,
 )
-from ebpf_svc.explain import nothing, proof
+from ebpf_svc.explain import nothing, proof, recollection
 from ebpf_svc.explain.client import Client
 from ebpf_svc.explain.endpoints import Row, rows_of
 from ebpf_svc.explain.model import (
@@ -32,8 +32,10 @@ from ebpf_svc.explain.model import (
     list_for,
     members,
     predict,
+    predict_direct,
 )
-from ebpf_svc.explain.proof import NOTHING, Place, Proof, Prover, Recollection
+from ebpf_svc.explain.proof import Place, Proof, Prover
+from ebpf_svc.explain.recollection import NOTHING, PortFacts, Recollection
 from ebpf_svc.explain.scene import Scene
 from ebpf_svc.explain.surroundings import Device, attached
 from ebpf_svc.explain.way import Ground, Way, judge
@@ -71,6 +73,10 @@ class Explanation:
     rows: list[Row] = field(default_factory=list)
     affinity: Remembered | None = None
     flow: Remembered | None = None
+    has_port: bool = False
+    """The client's port was named, so what it is in use for counts."""
+    port: PortFacts | None = None
+    """What that is; None = not asked, or the packet meets no program."""
     device: Device | None = None
     """Where a program meets the packet: as it comes in, or leaves a process of this node."""
     side: Side = Side.INGRESS
@@ -157,7 +163,7 @@ def explain(
         scene: what was looked at.
         client: who calls.
         frontend: what is called.
-        port: the client's; 0 = any, and flows it has do not count.
+        port: the client's; 0 = any, and what it is in use for does not count.
         by_packet: the socket hooks do not see the client, e.g. a sandbox.
         spread: how many further ports to try, for the distribution.
 
@@ -173,7 +179,7 @@ def explain(
         address = scene.around.source_to(key.address)
     call = Call((address, port or DEFAULT_PORT), client.kind, key, at_socket)
     told = Explanation(scene, client, call, view, Prediction(Verdict.UNTOUCHED))
-    told.device = client.device
+    told.device, told.has_port = client.device, bool(port)
     if told.by_host_packet:
         told.device, told.side = scene.around.way_out(key.address, client.address), Side.EGRESS
     _look_at_plan(told)
@@ -182,14 +188,14 @@ def explain(
         found = None
         if isinstance(scene.dataplane, EbpfDataplane):
             found = stack.enter_context(scene.dataplane.looking_at(family_of(key.address)))
-        recollection = _recall(told, call, found, port_matters=bool(port))
-        told.affinity, told.flow = recollection.affinity, recollection.flow
-        told.prediction = _predict(told, call, recollection.memory)
+        known = _recall(told, call, found)
+        told.affinity, told.flow, told.port = known.affinity, known.flow, known.port
+        told.prediction = _predict(told, call, known.memory)
         if found is not None and _can_be_tried(told):
-            _prove(told, *found, port_matters=bool(port), spread=spread)
+            _prove(told, *found, known, spread=spread)
     if view is not None:
-        known = scene.known.snapshot
-        place = place_of(known.node if known else _NOWHERE)
+        snapshot = scene.known.snapshot
+        place = place_of(snapshot.node if snapshot else _NOWHERE)
         told.rows = rows_of(view, told.list_name, _candidates(told), place)
     return told
 
@@ -224,6 +230,8 @@ def is_at_socket(scene: Scene, client: Client, view: FrontendView | None) -> boo
 def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
     if told.view is None:
         found = nothing.verdict(told.scene, call.frontend)
+        if told.scene.mode == "ebpf":
+            return predict_direct(call, memory)
         return Prediction(found, "" if found is Verdict.UNTOUCHED else "not_served")
     if told.by_host_packet and (told.device is None or told.device.role is None):
         return Prediction(Verdict.UNTOUCHED, "no_program" if told.device else "no_route")
@@ -233,16 +241,19 @@ def _predict(told: Explanation, call: Call, memory: Memory) -> Prediction:
     return predict(call, told.view, memory, filtered_as=filtered_as, moves_sctp=moves_sctp)
 
 
-def _recall(
-    told: Explanation, call: Call, found: tuple[Live, Artifact] | None, *, port_matters: bool
-) -> Recollection:
-    if found is None or told.view is None:
+def _recall(told: Explanation, call: Call, found: tuple[Live, Artifact] | None) -> Recollection:
+    if found is None:
         return NOTHING
+    if told.view is None:
+        comes_in = _can_be_tried(told) and call.kind is not Sources.NODE
+        if not (told.has_port and comes_in):
+            return NOTHING
+        return recollection.recall_direct(found[0], call)
     cookie = callers.own_cookie() if call.kind is Sources.NODE else 0
     if call.at_socket and not cookie:
         return NOTHING
-    return proof.recall(
-        found[0], call, told.view, told.list_name, netns=cookie, port_matters=port_matters
+    return recollection.recall(
+        found[0], call, told.view, told.list_name, netns=cookie, port_matters=told.has_port
     )
 
 
@@ -255,7 +266,7 @@ def _can_be_tried(told: Explanation) -> bool:
 
 
 def _prove(
-    told: Explanation, live: Live, artifact: Artifact, *, port_matters: bool, spread: int
+    told: Explanation, live: Live, artifact: Artifact, known: Recollection, *, spread: int
 ) -> None:
     """Run the program the client's packets meet; where a socket hook comes first, for comparison
     the one a client without it would meet.
@@ -265,14 +276,16 @@ def _prove(
     told.program = role.program(told.side)
     place = Place(told.program, device.index if device else 0)
     call = replace(told.call, at_socket=False)
-    recollection = _recall(told, call, (live, artifact), port_matters=port_matters)
-    prediction = _predict(told, call, recollection.memory)
+    if told.call.at_socket:
+        known = _recall(told, call, (live, artifact))
+    prediction = _predict(told, call, known.memory)
     mark = 1 << scene.settings.masquerade_bit
     has_drivers = scene.settings.ebpf.xdp and uses_fast_path(scene.settings.ebpf)
     drivers = scene.around.drivers() if has_drivers else frozenset()
     back = _back(scene)
     with closing(Prover(artifact, live, place, mark=mark, back=back, drivers=drivers)) as prover:
-        told.proof = prover.prove(call, told.view, prediction, recollection.seeds)
+        told.proof = prover.prove(call, told.view, prediction, known.seeds)
+    told.proof.differences += proof.compare_port(call, prediction, told.proof.outcome, known.port)
     told.proof_is_of_packet = told.call.at_socket
     if not told.call.at_socket:
         ground = Ground(
@@ -282,7 +295,7 @@ def _prove(
     _compare_tags(told, live)
     if spread:
         told.spread = proof.spread(
-            *(artifact, live, place, call, recollection.seeds), mark=mark, count=spread
+            *(artifact, live, place, call, known.seeds), mark=mark, count=spread
         )
 
 

@@ -33,6 +33,8 @@ def source(told: Explanation) -> str:
     how = "the process's own address"
     if seen[0] != told.call.client[0]:
         how = f"{seen[0]}, as nobody there would answer {told.call.client[0]}"
+    if told.has_port:
+        return f"{how}, and with a port that its own netfilter might give to another there."
     return (
         f"{how}, in this trial with port {seen[1]}: its own netfilter might give to another there."
     )

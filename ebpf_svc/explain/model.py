@@ -25,6 +25,8 @@ class Verdict(StrEnum):
     DROPPED = "dropped"
     UNTOUCHED = "untouched"
     """No service's business."""
+    OTHER_PORT = "other_port"
+    """No service's business either, but the endpoint that is called sees another source port."""
 
 
 class ChosenBy(StrEnum):
@@ -67,6 +69,14 @@ class Memory:
     affinity: End | None = None
     maglev: End | None = None
     """The backend the Maglev table gives it; None where there is no table."""
+    drawn: End | None = None
+    """The backend its port gets from a list without a table; None when no port was named."""
+    taken: frozenset[End] = frozenset()
+    """Endpoints that see its port in use already, so they must see another."""
+    stuck: frozenset[End] = frozenset()
+    """Those of them at which it can get no other."""
+    answers: bool = False
+    """What its port sends is an answer to a process of the node (B9)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +126,8 @@ def predict(
     if memory.flow is not None:
         flow = memory.flow
         return Prediction(Verdict.FORWARDED, "", None, (flow,), flow, ChosenBy.FLOW)
+    if memory.answers:
+        return Prediction(Verdict.UNTOUCHED, "own_answer")
     frontend, admitting = view.frontend, ""
     if frontend.source_ranges is not None:
         admitting = admitting_range(filtered_as or call.client[0], frontend.source_ranges)
@@ -124,6 +136,16 @@ def predict(
     if not view.has_endpoints:
         return Prediction(Verdict.REFUSED, "no_endpoint", admitting=admitting)
     return _choose(call, view, memory, admitting, moves_sctp=moves_sctp)
+
+
+def predict_direct(call: Call, memory: Memory) -> Prediction:
+    """Say what must become of a call to an endpoint itself."""
+    endpoint = call.frontend.address, call.frontend.port
+    if memory.flow is not None:
+        return Prediction(Verdict.OTHER_PORT, by=ChosenBy.FLOW)
+    if endpoint in memory.taken - memory.stuck:
+        return Prediction(Verdict.OTHER_PORT)
+    return Prediction(Verdict.UNTOUCHED)
 
 
 def _choose(
@@ -145,6 +167,12 @@ def _choose(
         chosen, by = candidates[0], ChosenBy.ONLY
     elif memory.maglev is not None:
         chosen, by = memory.maglev, ChosenBy.MAGLEV
+    elif memory.drawn in candidates:
+        chosen = memory.drawn
+    if chosen in memory.stuck:
+        return Prediction(
+            Verdict.DROPPED, "client_port_clash", name, candidates, chosen, by, admitting
+        )
     return Prediction(Verdict.FORWARDED, "", name, candidates, chosen, by, admitting)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from ebpf_svc.dataplane.ebpf.artifact import Artifact
-from ebpf_svc.dataplane.ebpf.constants import BackendFlag, Drop, FlowFlag
-from ebpf_svc.dataplane.ebpf.live import Entry, Live, Noted, Remembered
+from ebpf_svc.dataplane.ebpf.constants import Drop, FlowFlag
+from ebpf_svc.dataplane.ebpf.live import Live, Noted
 from ebpf_svc.dataplane.ebpf.trial import Ran, Trial
 from ebpf_svc.explain import packet
-from ebpf_svc.explain.model import Call, ChosenBy, End, ListName, Memory, Prediction, Verdict
+from ebpf_svc.explain.model import Call, ChosenBy, End, Prediction, Verdict
 from ebpf_svc.explain.packet import Ends
+from ebpf_svc.explain.recollection import PortFacts, Seeds
 from ebpf_svc.model.desired import FrontendView
 from ebpf_svc.model.net import Family, Sources
 
@@ -64,8 +65,8 @@ class Outcome:
     @property
     def backend(self) -> End | None:
         """Where it went."""
-        forwarded = self.verdict is Verdict.FORWARDED and self.after
-        return self.after.destination if forwarded and self.after else None
+        is_sent = self.verdict in (Verdict.FORWARDED, Verdict.OTHER_PORT)
+        return self.after.destination if is_sent and self.after else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,68 +120,6 @@ class Proof:
     """Where program and model do not agree, a sentence each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seeds:
-    """What the client has in the live maps."""
-
-    flows: tuple[Entry, ...] = ()
-    affinity: tuple[Entry, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Recollection:
-    """What the live maps remember of a client."""
-
-    memory: Memory
-    affinity: Remembered | None
-    flow: Remembered | None
-    seeds: Seeds
-
-
-NOTHING = Recollection(Memory(), None, None, Seeds())
-
-
-def recall(
-    live: Live, call: Call, view: FrontendView, name: ListName, *, netns: int, port_matters: bool
-) -> Recollection:
-    """Look up what the maps remember of a caller.
-
-    Args:
-        live: the maps.
-        call: who calls what.
-        view: the frontend.
-        name: the list the caller gets.
-        netns: cookie of the node's namespace, for calls at sockets.
-        port_matters: the caller's port was named, so flows it has count.
-    """
-    value = live.frontend(call.frontend)
-    if value is None:
-        return NOTHING
-    is_local = name is ListName.LOCAL
-    member = BackendFlag.IN_LOCAL if is_local else BackendFlag.IN_CLUSTER
-    affinity = flow = None
-    if view.affinity_s and (call.client[0] or call.at_socket):
-        who = netns if call.at_socket else 0
-        affinity = live.affinity(value, member, client=call.client[0], netns=who)
-    maglev = None
-    if not call.at_socket:
-        slots = (
-            (value.local_first, value.local_count)
-            if is_local
-            else (value.cluster_first, value.cluster_count)
-        )
-        maglev = live.maglev(value, slots, call.frontend, call.client)
-        flow = live.flow(value, call.frontend, call.client) if port_matters else None
-    flows = tuple(live.flows_of(call.client)) if port_matters and not call.at_socket else ()
-    seeds = Seeds(flows, (affinity.entry,) if affinity and not call.at_socket else ())
-    memory = Memory(
-        flow.backend if flow and flow.counts else None,
-        affinity.backend if affinity and affinity.counts else None,
-        maglev,
-    )
-    return Recollection(memory, affinity, flow, seeds)
-
-
 class Prover:
     """Runs one family's programs for one call; `close` gives them back."""
 
@@ -215,7 +154,9 @@ class Prover:
 
     def seed(self, seeds: Seeds) -> None:
         """Let the caller have what it has in the live maps."""
-        self._trial.seed(flows=seeds.flows, affinity=seeds.affinity)
+        self._trial.seed(
+            flows=seeds.flows, affinity=seeds.affinity, reverse=seeds.reverse, direct=seeds.direct
+        )
 
     def prove(
         self, call: Call, view: FrontendView | None, prediction: Prediction, seeds: Seeds
@@ -232,9 +173,12 @@ class Prover:
         if outcome.backend is not None:
             proof.reply = self._answer(call, outcome)
             wanted = (call.frontend.address, call.frontend.port)
-            if proof.reply is None or proof.reply.ends.source != wanted:
-                got = proof.reply.ends.source if proof.reply else "not translated"
-                proof.differences.append(f"the answer must come from {wanted}, and is {got}")
+            got = (proof.reply.ends.source, proof.reply.ends.destination) if proof.reply else None
+            if got != (wanted, call.client):
+                says = f"comes from {got[0]} to {got[1]}" if got else "is not translated"
+                proof.differences.append(
+                    f"the answer must come from {wanted} to {call.client}, and {says}"
+                )
             if first is not None:
                 proof.driver = self._drive_on(first, call, outcome)
         return proof
@@ -259,6 +203,8 @@ class Prover:
         after = packet.ends_of(ran.data, self._family, ethernet=self._place.has_ethernet)
         if ran.drop is Drop.NO_ENDPOINT:
             return Outcome(Verdict.REFUSED, reason, after, code=ran.verdict)
+        if after.destination == (call.frontend.address, call.frontend.port):
+            return Outcome(Verdict.OTHER_PORT, "", after, code=ran.verdict)
         noted = self._trial.noted(call.frontend, call.client)
         flags = noted.flags if noted else FlowFlag(0)
         masquerade = bool(ran.mark & self._mark or flags & FlowFlag.SNAT)
@@ -323,7 +269,9 @@ def compare(
     call: Call, view: FrontendView | None, prediction: Prediction, outcome: Outcome
 ) -> Iterable[str]:
     """Say where the program did something else than it must: a sentence each."""
-    if outcome.verdict is not prediction.verdict or outcome.reason != prediction.reason:
+    is_untouched = outcome.verdict is Verdict.UNTOUCHED  # the program does not say why
+    same_reason = is_untouched or outcome.reason == prediction.reason
+    if outcome.verdict is not prediction.verdict or not same_reason:
         must = f"{prediction.verdict.value} {prediction.reason}".strip()
         did = f"{outcome.verdict.value} {outcome.reason}".strip()
         yield f"the packet must be {must}, and the program has it {did}"
@@ -347,6 +295,25 @@ def compare(
         yield "the packet is sent back though its backend is another"
     elif outcome.masquerade is not masquerade:
         yield f"masquerade must be {masquerade}, and is {outcome.masquerade}"
+
+
+def compare_port(
+    call: Call, prediction: Prediction, outcome: Outcome, facts: PortFacts | None
+) -> Iterator[str]:
+    """Say where the endpoint sees another port than it must, a sentence each."""
+    backend, seen = outcome.backend, outcome.seen_as
+    if facts is None or backend is None or seen is None or prediction.by is ChosenBy.FLOW:
+        return
+    is_other = outcome.verdict is Verdict.OTHER_PORT or bool(outcome.flags & FlowFlag.PORT)
+    is_nodes = bool(outcome.flags & (FlowFlag.SNAT | FlowFlag.HOST))
+    if not is_nodes and is_other is not (backend in facts.taken):
+        must = "another port than" if backend in facts.taken else "port"
+        yield f"the endpoint must see {must} {call.client[1]}, and sees {seen[1]}"
+    elif is_other or seen[1] != call.client[1]:
+        # Who is turned round is seen under the hairpin address, by a port of its own.
+        port = facts.other_port(backend, seen[0] if is_nodes else call.client[0])
+        if seen[1] != port:
+            yield f"the endpoint must see port {port}, and sees {seen[1]}"
 
 
 def spread(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ebpf_svc.dataplane.ebpf.constants import HAIRPIN_ADDRESS
 from ebpf_svc.dataplane.ebpf.options import uses_fast_path
-from ebpf_svc.explain import host, nothing, way
+from ebpf_svc.explain import host, nothing, port, way
 from ebpf_svc.explain.explain import Explanation
 from ebpf_svc.explain.model import (
     ChosenBy,
@@ -54,7 +54,8 @@ def steps(told: Explanation) -> list[Step]:
     """Everything that was decided, in the order in which it is."""
     found = [Step("client", tuple(_client(told))), Step("frontend", tuple(_frontend(told)))]
     if told.view is not None:
-        if told.view.frontend.source_ranges is not None:
+        is_answer = told.prediction.reason == "own_answer"
+        if told.view.frontend.source_ranges is not None and not is_answer:
             found.append(Step("sources", (_sources(told),)))
         if told.prediction.list_name is not None:
             found.append(Step("policy", tuple(_policy(told))))
@@ -64,9 +65,12 @@ def steps(told: Explanation) -> list[Step]:
             found.append(Step("choice", tuple(_choice(told))))
         if told.prediction.verdict is Verdict.FORWARDED:
             found.append(Step("source", (_masquerade(told),)))
+    for topic, sentences in (("answer", port.answer(told)), ("port", port.sentences(told))):
+        if said := tuple(sentences):
+            found.append(Step(topic, said))
     found.append(Step("hook", tuple(_hook(told))))
-    if sentences := _way(told):
-        found.append(Step("way", tuple(sentences)))
+    if said := tuple(_way(told)):
+        found.append(Step("way", said))
     if told.way is not None and told.way.driver is not None:
         found.append(Step("driver", tuple(way.driver_sentences(told.way.driver))))
     found.append(Step("program", tuple(_program(told))))
@@ -79,12 +83,16 @@ def summary(told: Explanation) -> str:
     if prediction.verdict is Verdict.FORWARDED:
         backend = told.backend
         if backend is not None and (
-            prediction.by is not ChosenBy.RANDOM or len(prediction.candidates) == 1
+            prediction.by is not ChosenBy.RANDOM or prediction.chosen is not None
         ):
             return f"forwarded to {at(*backend)}"
         return f"forwarded to one of {len(prediction.candidates)} endpoints of {told.name}"
     if prediction.verdict is Verdict.UNTOUCHED:
+        if prediction.reason == "own_answer":
+            return port.ANSWER
         return host.UNTOUCHED.get(prediction.reason, "not a service: left alone")
+    if prediction.verdict is Verdict.OTHER_PORT:
+        return f"not a service: left alone, but the endpoint sees port {port.seen_port(told)}"
     return f"{prediction.verdict.value}: {reason_in_words(prediction.reason)}"
 
 
@@ -103,7 +111,9 @@ def _client(told: Explanation) -> Iterator[str]:
 def _frontend(told: Explanation) -> Iterator[str]:
     scene, key = told.scene, told.call.frontend
     if told.view is None:
-        yield from nothing.sentences(scene, key)
+        is_changed = told.prediction.verdict is Verdict.OTHER_PORT
+        found = nothing.sentences(scene, key)
+        yield from (each for each in found if not (is_changed and each == nothing.LEFT_ALONE))
     else:
         yield f"{key} is {KINDS[told.view.frontend.kind]} of {told.name}."
     if told.lags:
@@ -187,7 +197,9 @@ def _chosen(told: Explanation) -> str:
         ChosenBy.AFFINITY: f"affinity decides: {where}.",
         ChosenBy.ONLY: f"there is one: {where}.",
         ChosenBy.MAGLEV: f"the client's hash decides, the same on every node: {where}.",
-        ChosenBy.RANDOM: f"chance decides among {count}{tried}.",
+        ChosenBy.RANDOM: f"chance decides among {count}{tried}."
+        if not where
+        else f"the client's port decides among {count}: {where}.",
         ChosenBy.NOTHING: "",
     }[prediction.by]
 
@@ -212,7 +224,7 @@ def _masquerade(told: Explanation) -> str:
         how = "as with the packets before."
     elif view.frontend.masquerade_for & call.kind:
         how = f"masqueraded, the endpoint sees an address of this node: {_why_masquerade(told)}."
-        if seen := told.taken:
+        if (seen := told.taken) and not told.has_port:
             how += f" In this trial {at(*seen)}, whose port stands for the client's."
     else:
         how = f"kept, the endpoint sees {call.client[0] or 'the caller'}: {_why_kept(told)}."
@@ -320,7 +332,8 @@ def _program(told: Explanation) -> Iterator[str]:
 def headers(told: Explanation) -> list[Header]:
     """The packet from place to place; empty when it is not forwarded."""
     call, backend = told.call, told.backend
-    if told.prediction.verdict is not Verdict.FORWARDED or backend is None:
+    is_sent = told.prediction.verdict in (Verdict.FORWARDED, Verdict.OTHER_PORT)
+    if not is_sent or backend is None:
         return []
     frontend = at(call.frontend.address, call.frontend.port)
     to = at(*backend)

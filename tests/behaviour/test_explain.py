@@ -69,7 +69,8 @@ class Told:
 
     def of(self, asker: Host, target: Target, family: Family, **how: Any) -> dict[str, Any]:
         """What is said of a host that asks a target."""
-        word = "node" if isinstance(asker, Node) else asker.address(family)
+        is_itself = asker is self.world.cluster.nodes[0]
+        word = "node" if is_itself else asker.address(family)
         client = clients.resolve(
             word, family, self.scene.settings, known=self.scene.known, around=self.scene.around
         )
@@ -88,7 +89,7 @@ class Told:
 
 
 @contextmanager
-def _looking(world: World) -> Iterator[Told]:
+def looking(world: World) -> Iterator[Told]:
     """Look at node1 as the command does, in its network namespace."""
     agent = world.agents[0]
     with agent.node.namespace.entered():
@@ -122,7 +123,7 @@ def _wrong(row: Row, told: Mapping[str, Any], world: World, own: set[str]) -> st
 def _assert_told(rows: Sequence[Row], world: World) -> None:
     own = world.own_addresses(world.cluster.nodes[0])
     wrong = []
-    with _looking(world) as told:
+    with looking(world) as told:
         for row in rows:
             said = told.of(row.asker, row.target, row.family)
             if fault := _wrong(row, said, world, own):
@@ -156,7 +157,7 @@ def _foretold(
 ) -> list[Call]:
     """What is said of calls by packet, each from a port of its own, that nobody has made yet."""
     ports = itertools.count(first_port)
-    with _looking(world) as told:
+    with looking(world) as told:
         calls = [
             Call(asker, family, target, told.of(asker, target, family, port=target.source_port))
             for kind in kinds
@@ -171,7 +172,7 @@ def _foretold(
 def _made(world: World, calls: Sequence[Call]) -> list[tuple[Call, Answer, FlowFlag | None]]:
     """Make the calls: their answers, and the flows that node1 keeps of them."""
     answers = ask_all([Probe(call.asker, call.target) for call in calls])
-    with _looking(world) as told:
+    with looking(world) as told:
         return [
             (call, answer, told.flags(call.client, call.target))
             for call, (answer,) in zip(calls, answers, strict=True)
@@ -263,7 +264,7 @@ def test_call_that_no_packet_can_be_sent_for_is_told(
     if dataplane != "ebpf" or not world.translates_host_packets:
         pytest.skip("calls of the node are translated before they have a source")
     web, agent = publish(), world.agents[0]
-    with _looking(world) as told:
+    with looking(world) as told:
         scene, family = told.scene, Family.V4
         client = clients.resolve(
             "localhost", family, scene.settings, known=scene.known, around=scene.around
@@ -289,10 +290,10 @@ def test_datagram_that_meets_the_program_all_the_same_is_told(
     node_port = web.at_node(agent.node, family, Protocol.UDP)
     for plain, by_program in ((node_port, True), (web.at_cluster_ip(family, Protocol.UDP), False)):
         free = replace(plain, source_port=FIRST_PORT + 500, connected=False)
-        with _looking(world) as told:
+        with looking(world) as told:
             said = told.of(asker, plain, family)
         assert ask_all([Probe(asker, free)])[0][0].ok
-        with _looking(world) as told:
+        with looking(world) as told:
             flags = told.flags((asker.address(family), free.source_port), free)
         assert said["at"] == "socket"
         assert any("not connected" in each for each in said["steps"]["hook"]) is by_program
@@ -306,7 +307,7 @@ def test_what_the_driver_does_is_told(world: World, publish: Publish) -> None:
         pytest.skip("no driver runs a program of ours")
     for pod, later in ((world.web3, "XDP_TX"), (world.web1, "XDP_PASS")):
         target = publish([pod]).at_node(agent.node, family, Protocol.TCP)
-        with _looking(world) as told:
+        with looking(world) as told:
             driver = told.of(world.cluster.client, target, family)["way"]["driver"]
         with connection(world.cluster.client, target) as held:
             assert held.ping().server == pod.name
@@ -369,7 +370,7 @@ def test_affinity_is_told_before_it_is_met(world: World, publish: Publish, datap
         for each in table(world, web, askers=[asker], kinds=[CLUSTER_IP])
         if each.family is family and each.target.protocol is Protocol.TCP
     )
-    with _looking(world) as told:
+    with looking(world) as told:
         said = told.of(asker, target, family)
     addresses = {pod.name: pod.address(family) for pod in world.webs}
     assert said["chosen_by"] == "affinity"
@@ -391,7 +392,7 @@ def test_flow_that_is_open_is_told(world: World, publish: Publish, dataplane: st
             (flow,) = (each for each in flows if each["service"] == f"tests/{web.name}:tcp")
             port = int(flow["client"].rpartition(":")[2])
         world.publish(web, [world.web3, Endpoint(world.web1, False, True, True)])
-        with _looking(world) as told:
+        with looking(world) as told:
             said = told.of(asker, target, family, port=port)
             fresh = told.of(asker, target, family)
         assert held.ping().server == "web1"
@@ -411,7 +412,7 @@ def test_trial_leaves_live_flows_and_counters_alone(
     agent = world.agents[0]
     before = agent.command("show", "flows", "--json")
     target = web.at_node(agent.node, Family.V4, Protocol.UDP)
-    with _looking(world) as told:
+    with looking(world) as told:
         said = told.of(world.cluster.client, target, Family.V4, spread=500)
     assert sum(said["spread"].values()) == 500
     flows = json.loads(agent.command("show", "flows", "--json"))["flows"]
@@ -425,7 +426,7 @@ def test_spread_shows_an_even_choice(world: World, publish: Publish, dataplane: 
         pytest.skip("nothing is tried")
     web = publish()
     for kind in (web.at_cluster_ip, web.at_external_ip):
-        with _looking(world) as told:
+        with looking(world) as told:
             target = kind(Family.V6, Protocol.TCP)
             said = told.of(world.sandbox1, target, Family.V6, spread=900)
         assert len(said["spread"]) == 3
@@ -443,7 +444,7 @@ def test_reasons_of_endpoints_that_get_nothing(world: World, publish: Publish) -
         external_local=True,
     )
     agent = world.agents[0]
-    with _looking(world) as told:
+    with looking(world) as told:
         target = web.at_node(agent.node, Family.V4, Protocol.TCP)
         local = told.of(world.cluster.client, target, Family.V4)
         target = web.at_cluster_ip(Family.V4, Protocol.TCP)
@@ -475,7 +476,7 @@ def test_what_nobody_serves_is_left_alone(world: World, publish: Publish) -> Non
         Target(endpoint, web.target_port, protocol): "is an endpoint of",
         Target(world.cluster.nodes[0].address(family), 12, protocol): "no Service has node port 12",
     }
-    with _looking(world) as told:
+    with looking(world) as told:
         for target, words in cases.items():
             said = told.of(world.cluster.client, target, family)
             answers = ask_all([Probe(world.cluster.client, target, 1)])[0]

@@ -13,7 +13,7 @@ from ebpf_svc.dataplane.ebpf.codec import Codec
 from ebpf_svc.dataplane.ebpf.constants import MASQUERADE_MARK, FrontendFlag
 from ebpf_svc.dataplane.ebpf.live import Live
 from ebpf_svc.dataplane.ebpf.tables import SHARED, Tables
-from ebpf_svc.explain import proof
+from ebpf_svc.explain import proof, recollection
 from ebpf_svc.explain.model import (
     Call,
     ChosenBy,
@@ -23,8 +23,10 @@ from ebpf_svc.explain.model import (
     Verdict,
     list_for,
     predict,
+    predict_direct,
 )
 from ebpf_svc.explain.proof import Place, Proof, Prover
+from ebpf_svc.explain.recollection import Recollection
 from ebpf_svc.model.desired import FrontendKey, FrontendView
 from ebpf_svc.model.net import Family, Protocol, Sources
 from ebpf_svc.plan.frontends import Matrix, Treatment
@@ -65,9 +67,16 @@ class Site:
 
     def view(self, at: Address, proto: Protocol = Protocol.TCP) -> FrontendView:
         """A frontend read back from the maps."""
+        return self.views()[FrontendKey(*at, proto)]
+
+    def view_of(self, call: Call) -> FrontendView | None:
+        """That of a call; None when it calls no frontend."""
+        return self.views().get(call.frontend)
+
+    def views(self) -> dict[FrontendKey, FrontendView]:
+        """All frontends."""
         maps = self.live.tables.family[self.world.family]
-        found = readback.read_family(Codec(self.world.family, maps), maps)
-        return found[FrontendKey(*at, proto)]
+        return dict(readback.read_family(Codec(self.world.family, maps), maps))
 
     def ask(
         self,
@@ -81,14 +90,32 @@ class Site:
     ) -> tuple[Prediction, Proof]:
         """Predict and prove."""
         call = Call(client, kind, FrontendKey(*to, proto))
-        view = view or self.view(to, proto)
-        found = proof.recall(
-            self.live, call, view, list_for(view, kind), netns=0, port_matters=port_matters
-        )
-        prediction = predict(call, view, found.memory)
-        place = Place(PROGRAMS[kind])
+        found = self.recall(call, port_matters=port_matters, view=view)
+        return self.prove(call, found, view)
+
+    def recall(
+        self, call: Call, *, port_matters: bool = True, view: FrontendView | None = None
+    ) -> Recollection:
+        """What the maps remember, of a call to a frontend or to an endpoint itself."""
+        view = view or self.view_of(call)
+        if view is None:
+            return recollection.recall_direct(self.live, call)
+        name = list_for(view, call.kind)
+        return recollection.recall(self.live, call, view, name, netns=0, port_matters=port_matters)
+
+    def prove(
+        self, call: Call, found: Recollection, view: FrontendView | None = None
+    ) -> tuple[Prediction, Proof]:
+        """Predict and prove, with what was recalled."""
+        view = view or self.view_of(call)
+        prediction = predict_direct(call, found.memory)
+        if view is not None:
+            prediction = predict(call, view, found.memory)
+        place = Place(PROGRAMS[call.kind])
         with closing(Prover(self.artifact, self.live, place, mark=MASQUERADE_MARK)) as prover:
-            return prediction, prover.prove(call, view, prediction, found.seeds)
+            proved = prover.prove(call, view, prediction, found.seeds)
+        proved.differences += proof.compare_port(call, prediction, proved.outcome, found.port)
+        return prediction, proved
 
 
 @pytest.fixture
@@ -270,7 +297,7 @@ def test_trial_leaves_the_live_maps_alone(site: Site) -> None:
         site.ask(Sources.POD, (net.pod, 40000), (net.vip, port))
     call = Call((net.pod, 0), Sources.POD, FrontendKey(net.vip, 80, Protocol.TCP))
     found = proof.spread(
-        *(site.artifact, site.live, Place("pod_ingress"), call, proof.Seeds()),
+        *(site.artifact, site.live, Place("pod_ingress"), call, recollection.Seeds()),
         mark=MASQUERADE_MARK,
         count=50,
     )
@@ -285,7 +312,7 @@ def test_address_nobody_serves_is_untouched(site: Site) -> None:
     prediction = predict(call, None, Memory())
     place = Place("pod_ingress")
     with closing(Prover(site.artifact, site.live, place, mark=MASQUERADE_MARK)) as prover:
-        proved = prover.prove(call, None, prediction, proof.Seeds())
+        proved = prover.prove(call, None, prediction, recollection.Seeds())
     assert (proved.outcome.verdict, proved.differences) == (Verdict.UNTOUCHED, [])
 
 

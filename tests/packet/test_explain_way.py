@@ -28,7 +28,7 @@ from ebpf_svc.dataplane.ebpf.constants import (
 from ebpf_svc.dataplane.ebpf.devices import DeviceRole
 from ebpf_svc.dataplane.ebpf.live import Live
 from ebpf_svc.dataplane.ebpf.tables import SHARED, Tables
-from ebpf_svc.explain import proof
+from ebpf_svc.explain import proof, recollection
 from ebpf_svc.explain import way as ways
 from ebpf_svc.explain.model import Call, ListName, Verdict, predict
 from ebpf_svc.explain.proof import Place, Proof, Prover
@@ -107,7 +107,7 @@ class Node:
         call = Call(client, kind, FrontendKey(*to, proto))
         view = site.view(to, proto)
         name = ListName.CLUSTER
-        found = proof.recall(site.live, call, view, name, netns=0, port_matters=port_matters)
+        found = recollection.recall(site.live, call, view, name, netns=0, port_matters=port_matters)
         prediction = predict(call, view, found.memory)
         default = "pod_ingress" if device.role is DeviceRole.POD else "node_ingress"
         place = Place(program or default, device.index)
@@ -120,6 +120,7 @@ class Node:
         with closing(prover):
             proved = prover.prove(call, view, prediction, found.seeds)
         assert proved.differences == []
+        assert list(proof.compare_port(call, prediction, proved.outcome, found.port)) == []
         ground = Ground(self.ebpf, device, self.way_out, site.live.link)
         return proved, judge(call, proved, place, prediction.by, ground)
 
@@ -439,7 +440,7 @@ def test_row_of_the_traffic_matrix_is_proved_for_the_node(
     call = Call((net.node, 0), Sources.NODE, FrontendKey(net.vip, 80, Protocol.TCP))
     reached = proof.spread(
         *(node.site.artifact, node.site.live, Place("egress", node.devices["there"].index)),
-        *(call, proof.Seeds()),
+        *(call, recollection.Seeds()),
         mark=MASQUERADE_MARK,
         count=24,
     )

@@ -120,6 +120,12 @@ NAT_PORTS = range(61_000, 65_536)
 they already use: above those Linux gives to sockets by default, and not among those netfilter
 masquerades to (host/nft.py).
 """
+NAT_TRIES, BESIDE_TRIES = 8, 8
+"""How many of them a flow tries, and how many slots beside its own for another backend: as
+bpf/lib/flow.h and select.h have it."""
+DIRECT_SERVICE, DIRECT_LEASE = 0, 0
+"""The service of calls to endpoints themselves, and the note that says whether one has another port
+(bpf/lib/direct.h)."""
 UDP_IDLE_S = 120
 """A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
 SYN_IDLE_S = 60

@@ -15,11 +15,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ebpf_svc.dataplane.ebpf.artifact import Artifact, MapShape
-from ebpf_svc.dataplane.ebpf.constants import Drop
+from ebpf_svc.dataplane.ebpf.constants import DIRECT_NOTES, Drop
 from ebpf_svc.dataplane.ebpf.layout import Layout
 from ebpf_svc.dataplane.ebpf.live import End, Entry, Live, Noted
 from ebpf_svc.dataplane.ebpf.programs import PROGRAMS, XDP_PROGRAM
-from ebpf_svc.dataplane.ebpf.table import HashTable, PerCpuArray
+from ebpf_svc.dataplane.ebpf.table import ArrayTable, HashTable, PerCpuArray
 from ebpf_svc.host import bpf, bpf_prog
 from ebpf_svc.model.desired import FrontendKey
 
@@ -31,8 +31,8 @@ OWN = (
 """Maps a trial has of its own: all that programs write."""
 ENTRIES = 8192
 """In each of them: clients a trial can send."""
-_SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor", "direct"), 1)
-_SIZES |= {"sockets": 0, "drops": len(Drop), "held": 8}
+_SIZES = dict.fromkeys(("service_counters", "openings", "holding", "monitor"), 1)
+_SIZES |= {"sockets": 0, "drops": len(Drop), "held": 8, "direct": 1 + DIRECT_NOTES}
 _SK_BUFF_BYTES, _MARK_OFFSET, _IFINDEX_OFFSET = 192, 8, 40
 
 
@@ -73,6 +73,9 @@ class Trial:
             self._flows = self._hash(artifact, fds, "flows")
             self._affinity = self._hash(artifact, fds, "affinity")
             self._reverse = self._hash(artifact, fds, "reverse")
+            shape = artifact.maps["direct"]
+            self._direct = ArrayTable("direct", os.dup(fds["direct"]), *_layouts(shape))
+            self._undo.callback(self._direct.close)
             shape = artifact.maps["drops"]
             self._drops = PerCpuArray("drops", fds["drops"], *_layouts(shape))
         except BaseException:
@@ -89,12 +92,29 @@ class Trial:
         """Give programs and maps back to the kernel."""
         self._undo.close()
 
-    def seed(self, *, flows: Iterable[Entry] = (), affinity: Iterable[Entry] = ()) -> None:
-        """Let the client have what it has in the live maps."""
+    def seed(
+        self,
+        *,
+        flows: Iterable[Entry] = (),
+        affinity: Iterable[Entry] = (),
+        reverse: Iterable[Entry] = (),
+        direct: bytes = b"",
+    ) -> None:
+        """Let the client meet what it would meet in the live maps.
+
+        Args:
+            flows: its own, and those that hold ports it might get.
+            affinity: its own.
+            reverse: notes of the node's own datagrams.
+            direct: notes of calls to endpoints themselves, all of them.
+        """
         flows = list(flows)
         self._flows.update(flows)
         self._reverse.update([self._live.reversed(flow) for flow in flows])
+        self._reverse.update(list(reverse))
         self._affinity.update(list(affinity))
+        if direct:
+            self._direct.write(0, direct)
 
     def noted(self, frontend: FrontendKey, client: End) -> Noted | None:
         """What the flow a packet opened, or belongs to, has noted of its way."""

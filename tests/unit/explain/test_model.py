@@ -16,6 +16,7 @@ from ebpf_svc.explain.model import (
     admitting_range,
     is_short_circuit,
     predict,
+    predict_direct,
 )
 from ebpf_svc.model.desired import Backend, Frontend, FrontendKey, FrontendKind, FrontendView
 from ebpf_svc.model.net import Protocol, Sources
@@ -134,3 +135,40 @@ def test_narrowest_range_admits() -> None:
     assert admitting_range("10.244.1.5", ranges) == "10.244.0.0/16"
     assert admitting_range("fd00::1", ranges) == "fd00::/8"
     assert admitting_range("192.0.2.1", ranges) == ""
+
+
+def test_port_in_use_drops_where_no_other_can_be_had() -> None:
+    """At the endpoint that is chosen alone; and to another a call goes with its port or another."""
+    view = _view()
+    for drawn, verdict in ((A, Verdict.DROPPED), (B, Verdict.FORWARDED)):
+        memory = Memory(drawn=drawn, taken=frozenset({A, B}), stuck=frozenset({A}))
+        found = predict(_pod(), view, memory)
+        assert (found.verdict, found.chosen, found.by) == (verdict, drawn, ChosenBy.RANDOM)
+        assert (found.reason == "client_port_clash") is (verdict is Verdict.DROPPED)
+
+
+def test_endpoint_drawn_from_a_list_that_has_changed_is_not_told() -> None:
+    """The list was read before: chance decides, as far as is known."""
+    found = predict(_pod(), _view(), Memory(drawn=("10.244.1.99", 80)))
+    assert (found.verdict, found.chosen, found.by) == (Verdict.FORWARDED, None, ChosenBy.RANDOM)
+
+
+def test_answer_to_a_process_of_the_node_is_no_request() -> None:
+    """B9: it comes after a flow that is open, and before source ranges (P10) and refusal (P2)."""
+    view = _view(ranges=("192.0.2.0/24",), has_endpoints=False)
+    found = predict(_pod(), view, Memory(answers=True))
+    assert found == Prediction(Verdict.UNTOUCHED, "own_answer")
+    assert predict(_pod(), view, Memory(flow=A, answers=True)).by is ChosenBy.FLOW
+
+
+def test_direct_call_keeps_all_but_its_port() -> None:
+    """And that, unless it is taken and another can be had, or it was given one before."""
+    call = replace(_pod(), frontend=FrontendKey(*A, Protocol.TCP))
+    for memory, wanted in (
+        (Memory(), Prediction(Verdict.UNTOUCHED)),
+        (Memory(taken=frozenset({B})), Prediction(Verdict.UNTOUCHED)),
+        (Memory(taken=frozenset({A})), Prediction(Verdict.OTHER_PORT)),
+        (Memory(taken=frozenset({A}), stuck=frozenset({A})), Prediction(Verdict.UNTOUCHED)),
+        (Memory(flow=A), Prediction(Verdict.OTHER_PORT, by=ChosenBy.FLOW)),
+    ):
+        assert predict_direct(call, memory) == wanted
