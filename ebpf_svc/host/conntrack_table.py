@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -48,7 +48,11 @@ class Entry:
 
 
 def entries(
-    family: Family, protocol: Protocol, keep: Callable[[tuple[str, int], tuple[str, int]], bool]
+    family: Family,
+    protocol: Protocol,
+    keep: Callable[[tuple[str, int], tuple[str, int]], bool],
+    *,
+    answers_to: Collection[tuple[str, int]] = (),
 ) -> list[Entry]:
     """The flows of a protocol in this thread's network namespace that `keep` asks for.
 
@@ -56,6 +60,7 @@ def entries(
         family: of the addresses.
         protocol: others are skipped unread.
         keep: given `destination` and `answers_from` of an entry.
+        answers_to: also those whose answers come to one of these.
 
     Raises:
         DataplaneError: the kernel gives no list, e.g. it has no connection tracking.
@@ -66,7 +71,7 @@ def entries(
             for _ in range(DUMPS):
                 try:
                     for message in link.stream(_GET, struct.pack("=BBH", _AF[family], 0, 0)):
-                        entry = _parse(message.body, family, protocol, keep)
+                        entry = _parse(message.body, family, protocol, keep, answers_to)
                         if entry is not None:
                             found[entry.handle] = entry
                     break
@@ -108,6 +113,7 @@ def _parse(
     family: Family,
     protocol: Protocol,
     keep: Callable[[tuple[str, int], tuple[str, int]], bool],
+    answers_to: Collection[tuple[str, int]],
 ) -> Entry | None:
     fields = attributes(body[4:])
     try:
@@ -119,9 +125,14 @@ def _parse(
         destination = _end(family, addresses[_DESTINATION[family]], ports[_PROTO_DESTINATION_PORT])
         ports, addresses = attributes(reply[_TUPLE_PROTO]), attributes(reply[_TUPLE_IP])
         source = _end(family, addresses[_SOURCE[family]], ports[_PROTO_SOURCE_PORT])
+        is_asked_for = keep(destination, source) or (
+            bool(answers_to)
+            and _end(family, addresses[_DESTINATION[family]], ports[_PROTO_DESTINATION_PORT])
+            in answers_to
+        )
     except KeyError:  # no protocol with ports
         return None
-    if not keep(destination, source):
+    if not is_asked_for:
         return None
     # The kernel looks by the tuple (without one it would delete everything) and then compares the
     # id, which a later flow of the same tuple has only if it lies in the same memory (C9).

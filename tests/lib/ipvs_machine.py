@@ -44,8 +44,12 @@ class Machine:
         self.has_device = self.has_rules = False
         self.refuses: set[ServerKey] = set()
         """Virtual servers the kernel does not take."""
-        self.forgotten: set[ServerKey] = set()
-        """Virtual servers whose UDP flows were let go."""
+        self.forgotten: list[tuple[ServerKey, bool]] = []
+        """Virtual servers whose UDP flows were let go, and whether they were still there."""
+        self.removed: list[ServerKey] = []
+        """Virtual servers in the order in which they went."""
+        self.ended: set[ServerKey] = set()
+        """Virtual servers the node's own connections to which were ended."""
         self.told: Counter[str] = Counter()
         """Messages by kind."""
 
@@ -91,6 +95,7 @@ class MemoryIpvs:
             self.machine.told["servers"] += 1
             self.machine.shapes.pop(key, None)
             self.machine.dests.pop(key, None)
+            self.machine.removed.append(key)
             answers.append(None)
         return answers
 
@@ -261,6 +266,10 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
         if marker:
             machine.has_rules = False
 
+    def forget(servers: Iterable[ServerKey]) -> int:
+        machine.forgotten += ((key, key in machine.shapes) for key in servers)
+        return 0
+
     patch.setattr(kernel, "Ipvs", lambda: MemoryIpvs(machine))
     patch.setattr(kernel, "Sets", lambda: MemorySets(machine))
     patch.setattr(kernel, "dummy", addresses)
@@ -270,7 +279,8 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dataplane, "run", lambda argv: "")
     patch.setattr(dataplane.sysctl, "write", lambda name, value: False)
     patch.setattr(dataplane, "Firewall", lambda settings, families: MemoryFirewall(machine))
-    patch.setattr(dataplane.flows, "forget", machine.forgotten.update)
+    patch.setattr(dataplane.flows, "forget", forget)
+    patch.setattr(dataplane.flows, "end_sockets", machine.ended.update)
     patch.setattr(dataplane.firewall, "ours", ours)
     patch.setattr(dataplane.firewall, "remove", remove)
     patch.setattr(dataplane.firewall, "parts", lambda variant, tables: iter(()))

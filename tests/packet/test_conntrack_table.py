@@ -22,6 +22,8 @@ ENDS = {
     Family.V4: (("10.96.0.1", 53), ("10.1.0.1", 5353)),
     Family.V6: (("fd00:96::1", 53), ("fd00:1::1", 5353)),
 }
+LATE_PORT = 40007
+"""What is sent from it leaves as an answer of the frontend's."""
 
 
 @pytest.fixture(scope="module", params=list(Family), ids=lambda family: f"ipv{int(family)}")
@@ -44,6 +46,10 @@ def node(family: Family) -> Iterator[None]:
             rule = f"{ip} daddr {vip} udp dport {port} dnat to {to}"
             hook = "type nat hook output priority -100"
             run(["nft", "-f", "-"], input=f"table {ip} t {{ chain c {{ {hook}; {rule}; }}; }}\n")
+            hook = "type nat hook postrouting priority 100"
+            source = f"{vip}:{port}" if family is Family.V4 else f"[{vip}]:{port}"
+            rule = f"udp sport {LATE_PORT} snat to {source}"
+            run(["nft", "-f", "-"], input=f"table {ip} t {{ chain d {{ {hook}; {rule}; }}; }}\n")
             yield
     finally:
         space.close()
@@ -113,3 +119,15 @@ def test_flow_no_rule_translates_goes_with_its_virtual_server(node, family):
     assert forget(servers) == 0
     assert flows(family) == translated
     conntrack_table.delete(family, translated)
+
+
+def test_flow_begun_by_a_late_answer_goes_too(node, family):
+    """Its client's next datagram would belong to it, whom no rule and no virtual server serves."""
+    (vip, port), (backend, _) = ENDS[family]
+    af = socket.AF_INET if family is Family.V4 else socket.AF_INET6
+    with socket.socket(af, socket.SOCK_DGRAM) as server:
+        server.bind((backend, LATE_PORT))
+        server.sendto(b"!", (backend, 40008))
+    assert forget([ServerKey(vip, port + 1, Protocol.UDP)]) == 0
+    assert forget([ServerKey(vip, port, Protocol.UDP)]) == 1
+    assert forget([ServerKey(vip, port, Protocol.UDP)]) == 0

@@ -387,9 +387,16 @@ class IpvsDataplane:
     def _remove_servers(self, families: tuple[Family, ...]) -> None:
         kernel = Kernel()
         try:
-            served = self._owned(kernel.read(families))
+            found = kernel.read(families)
+            served = self._owned(found)
+            flows.hand_on(served)
             kernel.remove_servers(served)
+            own = found.addresses - found.elsewhere
+            bound = [key for key in served if key.address in own]
+            # Before, so that the other ends hear of it; after, for those that came meanwhile.
+            flows.end_sockets(bound)
             kernel.remove_device()
+            flows.end_sockets(bound)
         finally:
             kernel.close()
         flows.forget(served)

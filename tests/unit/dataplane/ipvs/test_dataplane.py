@@ -253,9 +253,14 @@ def test_connections_are_counted_by_service_port(machine: Machine) -> None:
 
 
 def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
-    """All rests; it may go once no connection is left; without anything of ours at once."""
+    """All rests; it may go once no connection is left; without anything of ours at once.
+
+    UDP flows are handed on while servers still answer them, and what came since is let go. The
+    node's own connections to addresses that go end, those to its own addresses do not.
+    """
     made = make()
-    made.apply(state(make_plan()))
+    port = make_frontend(ELSEWHERE, 30080, kind=FrontendKind.NODE_PORT)
+    made.apply(state(make_plan("web", make_frontend(), port)))
     made.close()
     machine.connections[WEB, FIRST] = 1
     assert not made.retire()
@@ -264,7 +269,12 @@ def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
     assert made.retire()
     made.cleanup()
     assert machine.empty
-    assert WEB in machine.forgotten
+    port_key = ServerKey(*port.key)
+    assert machine.forgotten == [
+        *((WEB, True), (port_key, True)),
+        *((WEB, False), (port_key, False)),
+    ]
+    assert machine.ended == {WEB}
     assert made.retire()
 
 
