@@ -162,8 +162,12 @@ class Kernel:
         _raise_first("real server", self._ipvs.set_dests(wanted))
 
     def remove_servers(self, keys: Iterable[ServerKey]) -> None:
-        """Remove virtual servers; raises DataplaneError."""
-        _raise_first("virtual server", self._ipvs.remove_servers(keys))
+        """Remove virtual servers, against the order in which they are added: see `state.compare`.
+
+        Raises:
+            DataplaneError: the kernel refused one; the others are gone.
+        """
+        _raise_first("virtual server", self._ipvs.remove_servers(sorted(keys, reverse=True)))
 
     def remove_device(self) -> None:
         """Remove kube-ipvs0 with its addresses; raises DataplaneError."""

@@ -278,6 +278,16 @@ def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
     assert made.retire()
 
 
+def test_servers_go_against_the_order_in_which_they_come(machine: Machine) -> None:
+    """What comes back is then found at once among what the kernel still remembers."""
+    made, plans = make(), [make_plan(str(i), make_frontend(f"10.96.0.{i}")) for i in (3, 20, 1)]
+    made.apply(state(*plans))
+    came = list(machine.shapes)
+    assert len(came) == len(plans)
+    made.cleanup()
+    assert machine.removed == came[::-1]
+
+
 def test_cleanup_leaves_what_a_kube_proxy_wrote(machine: Machine) -> None:
     """Without the sign of ours nothing is ours; nothing to clean up is no error (row 63)."""
     machine.shapes[WEB], machine.dests[WEB] = Shape("rr"), {}
