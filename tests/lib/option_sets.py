@@ -40,6 +40,9 @@ OPTION_SETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+COVERING = ("testbed", "fast-xdp", "no-sockets")
+"""Those that together hold every part of the programs."""
+
 
 def defines(name: str, kernel: tuple[int, int]) -> dict[Family, dict[str, str]]:
     """What `compiler.obtain` takes for an option set on that kernel."""

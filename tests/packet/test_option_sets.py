@@ -14,12 +14,18 @@ from ebpf_svc.dataplane.ebpf.tables import Tables
 from ebpf_svc.host import bpf_prog
 from ebpf_svc.model.net import Family
 from tests.lib.kernel import running_kernel
-from tests.lib.option_sets import OPTION_SETS, defines
+from tests.lib.option_sets import COVERING, OPTION_SETS, defines
 
 pytestmark = pytest.mark.root
 
 
-@pytest.mark.parametrize("name", OPTION_SETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in COVERING else pytest.mark.verifies)
+        for name in OPTION_SETS
+    ],
+)
 def test_programs_of_every_option_set_pass_the_verifier(
     name: str,
     artifact_cache: Path,

@@ -62,6 +62,7 @@ def test_emulated_kernels_are_asked_what_processes_cannot_tell() -> None:
         *[("6.1-um", "packet"), ("6.1-um", "smoke")],
         ("6.12", "programs"),
         *[("6.12-um", "behaviour-ipvs"), ("6.12-um", "packet"), ("6.12-um", "smoke")],
+        ("6.12-um", "switch-ipvs"),
     ]
 
 

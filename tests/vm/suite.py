@@ -76,17 +76,15 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
     Args:
         names: of kernels.
         only: the parts wanted; none = all.
-        whole: every packet and mode on emulated kernels, too, and switching from and to the mode
-            of `WHOLE_OF`: hours.
+        whole: every packet and mode on emulated kernels, too: hours.
     """
     made = []
     for name in names:
         if name in WHOLE_OF:
             mode = WHOLE_OF[name]
             made.append(Job(name, f"behaviour-{mode}", ("sh", "-c", _behaviour(mode))))
-            if whole:
-                switching = (*PYTEST, "tests/behaviour/test_switch.py", "--dataplane", mode)
-                made.append(Job(name, f"switch-{mode}", switching))
+            switching = (*PYTEST, "tests/behaviour/test_switch.py", "--dataplane", mode)
+            made.append(Job(name, f"switch-{mode}", switching))
         if name == REQUESTS_ON:
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
@@ -208,5 +206,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def abreast_here() -> int:
-    """How many machines of one processor this one has room for side by side."""
-    return max(1, os.cpu_count() or 1)
+    """How many machines of one processor this one has room for side by side: they spend some of
+    their time waiting for answers that do not come.
+    """
+    return (os.cpu_count() or 1) + 1
