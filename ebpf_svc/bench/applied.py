@@ -1,7 +1,7 @@
 """Time a dataplane of any mode: the first apply, and changes on top of it.
 
 The eBPF maps are measured without programs or devices, which applying does not touch; every other
-mode inside a node of the testbed, so that this machine's own rules stay as they are.
+mode in a network namespace of its own, so that this machine's own rules stay as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ebpf_svc.modes import make_dataplane
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from ebpf_svc.testbed.host import Node
+from ebpf_svc.testbed.namespace import Namespace
 
 EBPF = "ebpf"
 PATIENCE_S = 20.0
@@ -56,14 +57,19 @@ def opener(mode: str, settings: Settings, node: Node, folder: Path) -> Open:
 
     @contextmanager
     def opened() -> Iterator[Applies]:
-        with node.namespace.entered():
-            dataplane = make_dataplane(mode, settings)
-            try:
-                dataplane.open()
-                yield dataplane
-            finally:
-                dataplane.close()
-                dataplane.cleanup()
+        # Each time another namespace: IPVS remembers for minutes which real servers it had.
+        namespace = Namespace(f"{node.namespace.name}-new")
+        try:
+            with namespace.entered():
+                dataplane = make_dataplane(mode, settings)
+                try:
+                    dataplane.open()
+                    yield dataplane
+                finally:
+                    dataplane.close()
+                    dataplane.cleanup()
+        finally:
+            namespace.close()
 
     return opened
 
