@@ -161,7 +161,7 @@ def record(told: Explanation) -> dict[str, Any]:
 
 def _port(told: Explanation) -> dict[str, Any] | None:
     """The client's port, and what the maps know of it."""
-    facts, backend = told.port, told.backend
+    facts, endpoint = told.port, port.endpoint_of(told)
     if facts is None:
         return None
     asked = facts.asked if told.prediction.reason == "own_answer" else None
@@ -169,8 +169,8 @@ def _port(told: Explanation) -> dict[str, Any] | None:
         "client": told.call.client[1],
         "seen": port.seen_port(told),
         "in_use": [
-            {"called": called, "endpoint": endpoint, "idle_s": idle_s}
-            for called, endpoint, idle_s in (port.in_use(facts, backend) if backend else ())
+            {"called": called, "endpoint": where, "idle_s": idle_s}
+            for called, where, idle_s in (port.in_use(facts, endpoint) if endpoint else ())
         ],
         "passed_over": [
             {"port": number, "holder": holder} for number, holder in port.passed_over(told)

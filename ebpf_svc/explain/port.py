@@ -19,7 +19,7 @@ ANSWER = "an answer to a process of this node: left to it"
 def sentences(told: Explanation) -> Iterator[str]:
     """Which port the endpoint sees and why; nothing unless the client's port was named."""
     verdict, reason = told.prediction.verdict, told.prediction.reason
-    is_sent = verdict in (Verdict.FORWARDED, Verdict.OTHER_PORT)
+    is_sent = verdict in (Verdict.FORWARDED, Verdict.OTHER_PORT) or _is_direct(told)
     if not told.has_port or not (is_sent or reason == "client_port_clash"):
         return
     if told.scene.mode != "ebpf":
@@ -27,8 +27,8 @@ def sentences(told: Explanation) -> Iterator[str]:
         yield f"not known before: {how} when the packet comes, in mode {told.scene.mode}."
     elif told.call.at_socket:
         yield from _at_socket(told)
-    elif told.port is not None and told.backend is not None:
-        yield from _by_packet(told, told.port, told.backend)
+    elif told.port is not None and (endpoint := endpoint_of(told)) is not None:
+        yield from _by_packet(told, told.port, endpoint)
 
 
 def _at_socket(told: Explanation) -> Iterator[str]:
@@ -54,6 +54,11 @@ def _by_packet(told: Explanation, facts: PortFacts, backend: End) -> Iterator[st
     elif told.prediction.by is ChosenBy.FLOW:
         if not by_netfilter:
             yield f"the flow that port {port} has keeps port {seen} at the endpoint."
+    elif uses and seen == port:
+        yield (
+            f"client port {port} is in use for {_listed(uses)}; it can get no other, and the "
+            "endpoint cannot tell the two apart."
+        )
     elif uses and not by_netfilter:
         yield f"client port {port} is in use for {_listed(uses)}, so the endpoint sees port {seen}."
     elif uses and told.proof is not None and told.proof.outcome.seen_as is not None:
@@ -65,7 +70,7 @@ def _by_packet(told: Explanation, facts: PortFacts, backend: End) -> Iterator[st
         yield f"the endpoint sees port {seen}, which stands for the client's."
     if passed_over(told):
         held = ", ".join(f"{number} ({holder})" for number, holder in passed_over(told))
-        yield f"Taken there before it: {held}."
+        yield f"Taken there{'' if seen in (None, port) else ' before it'}: {held}."
     if by_netfilter:
         yield _by_netfilter(told)
 
@@ -90,6 +95,18 @@ def _listed(uses: list[tuple[str, str, int]]) -> str:
     return " and ".join(said)
 
 
+def _is_direct(told: Explanation) -> bool:
+    """An endpoint itself is called."""
+    return told.view is None and told.port is not None
+
+
+def endpoint_of(told: Explanation) -> End | None:
+    """Where the packet goes, or would if it could have a port there; None when not known."""
+    if _is_direct(told):
+        return told.call.frontend.address, told.call.frontend.port
+    return told.backend or told.prediction.chosen
+
+
 def in_use(facts: PortFacts, backend: End) -> list[tuple[str, str, int]]:
     """What an endpoint sees the client's own port for: what was called, the endpoint, seconds since
     the last packet; since the first one of a direct call by TCP.
@@ -102,8 +119,10 @@ def in_use(facts: PortFacts, backend: End) -> list[tuple[str, str, int]]:
 
 
 def seen_port(told: Explanation) -> int | None:
-    """The port the endpoint sees; None = netfilter's to choose, or nothing was tried."""
+    """The port the endpoint sees; None = netfilter's to choose, or none sees the packet."""
     proof = told.proof
+    if _is_direct(told) and told.prediction.verdict is Verdict.UNTOUCHED:
+        return told.call.client[1]
     if proof is None or told.proof_is_of_packet or proof.outcome.seen_as is None:
         return None
     by_mark = proof.outcome.masquerade and not proof.outcome.flags & FlowFlag.SNAT
@@ -112,7 +131,7 @@ def seen_port(told: Explanation) -> int | None:
 
 def passed_over(told: Explanation) -> list[tuple[int, str]]:
     """Ports that a new flow would have got and did not: others have them towards the endpoint."""
-    facts, proof, backend = told.port, told.proof, told.backend
+    facts, proof, backend = told.port, told.proof, endpoint_of(told)
     if facts is None or proof is None or backend is None or told.prediction.by is ChosenBy.FLOW:
         return []
     seen = proof.outcome.seen_as

@@ -10,15 +10,21 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from ebpf_svc.dataplane.ebpf import constants, source
 from ebpf_svc.dataplane.ebpf.constants import NAT_PORTS, NAT_TRIES, UDP_IDLE_S
 from ebpf_svc.explain import proof
+from ebpf_svc.explain.client import Client
+from ebpf_svc.explain.explain import Explanation
 from ebpf_svc.explain.model import Call, ChosenBy, Prediction, Verdict
+from ebpf_svc.explain.port import sentences
 from ebpf_svc.explain.proof import Proof
 from ebpf_svc.explain.recollection import Asked, PortFacts
+from ebpf_svc.explain.scene import Scene
 from ebpf_svc.host import bpf_prog
 from ebpf_svc.model.desired import FrontendKey
 from ebpf_svc.model.net import Family, Protocol, Sources
@@ -71,6 +77,19 @@ class Caller:
         assert proved.differences == []
         return found.port, prediction, proved
 
+    def said(self, to: Address, port: int = 40000) -> str:
+        """The same in words."""
+        call, (facts, prediction, proved) = self.call(to, port), self.told(to, port)
+        scene = cast("Scene", SimpleNamespace(mode="ebpf"))
+        told = Explanation(
+            *(scene, Client(self.address, self.kind, ""), call, self.site.view_of(call)),
+            *(prediction,),
+            has_port=True,
+            port=facts,
+            proof=proved,
+        )
+        return " ".join(sentences(told))
+
     def foretold(self, to: Address, port: int = 40000) -> tuple[PortFacts, int]:
         """Ask, and send the packet: what was said, and the port the endpoint sees by both."""
         facts, prediction, proved = self.told(to, port)
@@ -105,6 +124,11 @@ def test_port_of_a_direct_call_is_another_for_the_service(
     assert list(facts.direct) == [caller.endpoint]
     assert facts.uses == ()
     assert port in NAT_PORTS
+    # The flow is there now, and goes on.
+    assert (
+        caller.said(caller.vip)
+        == f"the flow that port 40000 has keeps port {port} at the endpoint."
+    )
     # From another port it is free.
     facts, port = caller.foretold(caller.vip, 40001)
     assert (facts.taken, port) == (frozenset(), 40001)
@@ -186,6 +210,11 @@ def test_ports_that_others_have_are_passed_over(site: Site, proto: Protocol) -> 
     _, prediction, proved = caller.told(caller.vip, port)
     assert (prediction.verdict, prediction.reason) == (Verdict.DROPPED, "client_port_clash")
     assert proved.outcome.reason == "client_port_clash"
+    said = caller.said(caller.vip, port)
+    assert "and none of those it could get is free: dropped." in said
+    assert [
+        int(each) for each in re.findall(r"(\d+) \(", said.partition("Taken there: ")[2])
+    ] == got
     caller.packet(caller.vip, port)
     assert site.world.drops() == {constants.Drop.CLIENT_PORT_CLASH: 1}
 
@@ -212,8 +241,10 @@ def test_sctp_whose_port_is_in_use_is_dropped(site: Site) -> None:
     caller.packet(caller.vip)
     _, prediction, _ = caller.told(caller.other)
     assert (prediction.verdict, prediction.reason) == (Verdict.DROPPED, "client_port_clash")
+    assert caller.said(caller.other).endswith("SCTP's ports cannot be changed: dropped.")
     _, prediction, _ = caller.told(caller.endpoint)
     assert prediction.verdict is Verdict.UNTOUCHED
+    assert "it can get no other, and the endpoint cannot tell" in caller.said(caller.endpoint)
     caller.packet(caller.other)
     assert site.world.drops() == {constants.Drop.CLIENT_PORT_CLASH: 1}
 
