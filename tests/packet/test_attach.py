@@ -321,6 +321,7 @@ def test_replacing_programs_leaves_no_moment_without_them(node, attached):
     assert node.hooks() == HOOKS
 
 
+@pytest.mark.verifies
 def test_restart_takes_over_what_is_attached(node, attached):
     """The new agent's programs replace the old one's; nothing is attached twice."""
     attached.stop()
@@ -337,6 +338,7 @@ def test_restart_takes_over_what_is_attached(node, attached):
     again.stop()
 
 
+@pytest.mark.verifies
 def test_restart_with_one_family_takes_the_other_off(node, attached, compiled, loader):
     """Turning IPv6 off leaves no program of it behind."""
     attached.stop()
