@@ -393,6 +393,14 @@ OTHER = "iptables"
 """A mode that every machine of developers has."""
 
 
+@pytest.fixture
+def not_about_a_third(about: str) -> None:
+    """For tests of these two modes alone: a run about another does without them."""
+    if about not in ("", "ebpf", OTHER):
+        pytest.skip(f"is about ebpf and {OTHER}, not about {about}")
+
+
+@pytest.mark.usefixtures("not_about_a_third")
 @pytest.mark.parametrize(("before", "after"), [("ebpf", OTHER), (OTHER, "ebpf")])
 def test_start_in_another_mode_is_a_switch_too(cluster: Cluster, before: str, after: str) -> None:
     """What a gone agent left goes on until the new one serves, and until its connections end."""
@@ -421,6 +429,7 @@ def test_start_in_another_mode_is_a_switch_too(cluster: Cluster, before: str, af
         assert _wrong(lost, loads, losing=site.losing(before, after)) == []
 
 
+@pytest.mark.usefixtures("not_about_a_third")
 def test_mode_that_cannot_run_is_told_everywhere(cluster: Cluster) -> None:
     """Log, status, metric and an Event on the Node; the next mode serves, nothing is left of it."""
     site = Site(cluster, "auto")
@@ -444,6 +453,7 @@ def test_mode_that_cannot_run_is_told_everywhere(cluster: Cluster) -> None:
         )
 
 
+@pytest.mark.usefixtures("not_about_a_third")
 def test_named_mode_that_cannot_run_ends_the_start(cluster: Cluster) -> None:
     """With what is missing; whoever names a mode may have a reason, so nothing else serves."""
     agent = Site(cluster, "ebpf").without_cgroup()
@@ -452,6 +462,7 @@ def test_named_mode_that_cannot_run_ends_the_start(cluster: Cluster) -> None:
     agent.cleanup()
 
 
+@pytest.mark.usefixtures("not_about_a_third")
 def test_mode_that_cannot_run_is_refused_by_the_switch(cluster: Cluster) -> None:
     """The command says why and ends with 1; what serves goes on and nothing was touched."""
     site = Site(cluster, OTHER)
@@ -464,6 +475,7 @@ def test_mode_that_cannot_run_is_refused_by_the_switch(cluster: Cluster) -> None
         assert _differences("", held, site.held()) == []
 
 
+@pytest.mark.usefixtures("not_about_a_third")
 def test_mode_in_the_settings_changes_while_the_agent_runs(cluster: Cluster) -> None:
     """An edit of the file is a switch; one of something else leaves a mode chosen by hand."""
     site = Site(cluster, OTHER)
