@@ -24,6 +24,7 @@ from ebpf_svc.explain.client import Client
 from ebpf_svc.explain.endpoints import Row, rows_of
 from ebpf_svc.explain.model import (
     Call,
+    ChosenBy,
     End,
     ListName,
     Memory,
@@ -39,7 +40,7 @@ from ebpf_svc.explain.recollection import NOTHING, PortFacts, Recollection
 from ebpf_svc.explain.scene import Scene
 from ebpf_svc.explain.surroundings import Device, attached
 from ebpf_svc.explain.way import Ground, Way, judge
-from ebpf_svc.host import bpf_prog, callers
+from ebpf_svc.host import bpf_prog, callers, conntrack_table
 from ebpf_svc.host.links import Side
 from ebpf_svc.model.desired import FrontendKey, FrontendView
 from ebpf_svc.model.endpoint import Endpoint
@@ -77,6 +78,8 @@ class Explanation:
     """The client's port was named, so what it is in use for counts."""
     port: PortFacts | None = None
     """What that is; None = not asked, or the packet meets no program."""
+    tracked: End | None = None
+    """Whom the endpoint sees of a flow that netfilter masquerades: connection tracking has it."""
     device: Device | None = None
     """Where a program meets the packet: as it comes in, or leaves a process of this node."""
     side: Side = Side.INGRESS
@@ -287,6 +290,10 @@ def _prove(
         told.proof = prover.prove(call, told.view, prediction, known.seeds)
     told.proof.differences += proof.compare_port(call, prediction, told.proof.outcome, known.port)
     told.proof_is_of_packet = told.call.at_socket
+    outcome = told.proof.outcome
+    if prediction.by is ChosenBy.FLOW and outcome.by_netfilter and outcome.after is not None:
+        ends = outcome.after.source, outcome.after.destination
+        told.tracked = conntrack_table.seen_as(*ends, call.frontend.protocol)
     if not told.call.at_socket:
         ground = Ground(
             scene.settings.ebpf, device, lambda to: scene.around.way_out(to, ""), live.link

@@ -53,7 +53,8 @@ def _by_packet(told: Explanation, facts: PortFacts, backend: End) -> Iterator[st
         yield f"client port {port} is in use for {_listed(uses)}, and {why}: dropped."
     elif told.prediction.by is ChosenBy.FLOW:
         if not by_netfilter:
-            yield f"the flow that port {port} has keeps port {seen} at the endpoint."
+            how = ", as connection tracking has it" if told.tracked else ""
+            yield f"the flow that port {port} has keeps port {seen} at the endpoint{how}."
     elif uses and seen == port:
         yield (
             f"client port {port} is in use for {_listed(uses)}; it can get no other, and the "
@@ -77,7 +78,7 @@ def _by_packet(told: Explanation, facts: PortFacts, backend: End) -> Iterator[st
 
 def _by_netfilter(told: Explanation) -> str:
     if told.prediction.by is ChosenBy.FLOW:
-        return "Which port the endpoint sees netfilter chose when the flow began; conntrack -L."
+        return "Netfilter chose the port when the flow began; connection tracking does not tell it."
     first, last = PORTS
     return (
         f"Netfilter masquerades it from a port it draws from {first} to {last} when the packet "
@@ -125,8 +126,9 @@ def seen_port(told: Explanation) -> int | None:
         return told.call.client[1]
     if proof is None or told.proof_is_of_packet or proof.outcome.seen_as is None:
         return None
-    by_mark = proof.outcome.masquerade and not proof.outcome.flags & FlowFlag.SNAT
-    return None if by_mark else proof.outcome.seen_as[1]
+    if proof.outcome.by_netfilter:
+        return told.tracked[1] if told.tracked else None
+    return proof.outcome.seen_as[1]
 
 
 def passed_over(told: Explanation) -> list[tuple[int, str]]:

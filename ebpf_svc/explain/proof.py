@@ -53,6 +53,11 @@ class Outcome:
         return self.after.source if self.backend is not None and self.after else None
 
     @property
+    def by_netfilter(self) -> bool:
+        """It is a rule of netfilter that masquerades."""
+        return self.masquerade and not self.flags & FlowFlag.SNAT
+
+    @property
     def hairpin(self) -> bool:
         """It is turned round at the device it came by."""
         return self.code == REDIRECT and bool(self.flags & FlowFlag.HAIRPIN)

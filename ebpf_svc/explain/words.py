@@ -365,8 +365,8 @@ def headers(told: Explanation) -> list[Header]:
 def _seen_by_backend(told: Explanation, backend: End) -> str:
     """The source the endpoint sees."""
     call = told.call
-    if taken := told.taken:
-        return at(*taken)
+    if seen := told.tracked or told.taken:
+        return at(*seen)
     if told.masquerades:
         return f"{told.scene.around.source_to(backend[0]) or 'this node'}:any"
     return at(*call.client) if call.client[0] else "node"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import netlink
 from ebpf_svc.host.netlink import attribute, attributes
-from ebpf_svc.model.net import Family, Protocol
+from ebpf_svc.model.net import Family, Protocol, family_of
 
 NETLINK_NETFILTER = 12
 _GET, _DELETE = 0x101, 0x102
@@ -80,6 +80,41 @@ def entries(
     except OSError as error:
         raise DataplaneError(f"connection tracking cannot be read: {error.strerror}") from error
     return list(found.values())
+
+
+def seen_as(
+    source: tuple[str, int], destination: tuple[str, int], protocol: Protocol
+) -> tuple[str, int] | None:
+    """Whom the destination of a tracked flow answers: not its source where a rule masquerades.
+
+    Returns:
+        None when no such flow is tracked, or the kernel does not say.
+    """
+    family = family_of(source[0])
+    ends = ((_SOURCE, source), (_DESTINATION, destination))
+    packed = [(kinds[family], socket.inet_pton(_AF[family], end[0])) for kinds, end in ends]
+    ports = [
+        (_PROTO_NUMBER, bytes([protocol.number])),
+        (_PROTO_SOURCE_PORT, _PORT.pack(source[1])),
+        (_PROTO_DESTINATION_PORT, _PORT.pack(destination[1])),
+    ]
+    halves = _nested(_TUPLE_IP, packed) + _nested(_TUPLE_PROTO, ports)
+    wanted = attribute(_ORIGINAL | _NESTED, halves)
+    try:
+        with closing(netlink.Socket(NETLINK_NETFILTER)) as link:
+            found = link.get(_GET, struct.pack("=BBH", _AF[family], 0, 0) + wanted)
+    except OSError:
+        return None
+    reply = attributes(attributes(found[4:]).get(_REPLY, b""))
+    try:
+        address = attributes(reply[_TUPLE_IP])[_DESTINATION[family]]
+        return _end(family, address, attributes(reply[_TUPLE_PROTO])[_PROTO_DESTINATION_PORT])
+    except KeyError:
+        return None
+
+
+def _nested(kind: int, inner: Iterable[tuple[int, bytes]]) -> bytes:
+    return attribute(kind | _NESTED, b"".join(attribute(*each) for each in inner))
 
 
 def delete(family: Family, doomed: Iterable[Entry]) -> int:

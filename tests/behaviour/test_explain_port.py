@@ -145,6 +145,10 @@ def test_port_of_a_masquerade_is_told_where_it_can_be(world: World, publish: Pub
                 assert "cannot be known before" in said["steps"]["port"][-1]
                 assert seen in range(PORTS[0], PORTS[1] + 1)
                 assert not is_fast or "none of" in said["way"]["why"]
+                # Of a flow that is open connection tracking knows it.
+                said = _told(world, client, replace(plain, source_port=first), family)
+                assert (said["chosen_by"], said["port"]["seen"]) == ("flow", rival)
+                assert said["headers"][2]["source"].endswith(f":{rival}")
                 continue
             (passed,) = said["port"]["passed_over"]
             assert (passed["port"], passed["holder"].rpartition(":")[2]) == (rival, str(first))

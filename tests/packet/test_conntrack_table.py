@@ -131,3 +131,14 @@ def test_flow_begun_by_a_late_answer_goes_too(node, family):
     assert forget([ServerKey(vip, port + 1, Protocol.UDP)]) == 0
     assert forget([ServerKey(vip, port, Protocol.UDP)]) == 1
     assert forget([ServerKey(vip, port, Protocol.UDP)]) == 0
+
+
+@pytest.mark.usefixtures("node")
+def test_flow_is_seen_as_its_source_unless_a_rule_translates_that(family: Family) -> None:
+    """By the ends its client sent it from and to; of what is not tracked nothing is said."""
+    frontend, backend = ENDS[family]
+    for port, seen in ((40011, (backend[0], 40011)), (LATE_PORT, frontend)):
+        ask(family, port)
+        source = backend[0], port
+        assert conntrack_table.seen_as(source, frontend, Protocol.UDP) == seen
+        assert conntrack_table.seen_as(source, frontend, Protocol.TCP) is None
