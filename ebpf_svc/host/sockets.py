@@ -36,9 +36,10 @@ _ANSWER = struct.Struct("=BBBB48s20x")
 _ID = struct.Struct("!HH16s16sI8s")
 """inet_diag_sockid: both ends' ports, both addresses, device, cookie."""
 _ANY_COOKIE = b"\xff" * 8
-_PEER = struct.Struct("!2xH16x16s")
+_PEER = struct.Struct("!2xH16s16s")
 _COOKIE = struct.Struct("=40xQ")
-"""Parts of inet_diag_sockid: the peer's port and address (wire order), the cookie (host order)."""
+"""Parts of inet_diag_sockid: the peer's port, both addresses (wire order), the cookie (host order).
+"""
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -55,6 +56,8 @@ class Peer(NamedTuple):
     port: int
     cookie: int
     """The kernel's number of the socket, as bpf_get_socket_cookie gives it."""
+    own_address: str = ""
+    """The socket's, in the same family."""
 
 
 def destroy_sockets(
@@ -122,7 +125,7 @@ def is_connected_receiver(source: tuple[str, int], to: tuple[str, int]) -> bool 
             found = link.get(SOCK_DIAG_BY_FAMILY, request)
         except OSError:
             return None
-    port, _ = _PEER.unpack_from(_ANSWER.unpack_from(found)[4])
+    port, *_ = _PEER.unpack_from(_ANSWER.unpack_from(found)[4])
     return bool(port)
 
 
@@ -210,12 +213,12 @@ def _destroy(
 
 
 def _peer(family: int, protocol: Protocol, socket_id: bytes) -> Peer:
-    port, destination = _PEER.unpack_from(socket_id)
+    port, own, other = _PEER.unpack_from(socket_id)
     (cookie,) = _COOKIE.unpack(socket_id)
+    kind, part = Family.V6, slice(16)
     if family == socket.AF_INET:
-        kind, packed = Family.V4, destination[:4]
-    elif destination.startswith(_MAPPED):
-        kind, packed = Family.V4, destination[12:]
-    else:
-        kind, packed = Family.V6, destination
-    return Peer(kind, protocol, socket.inet_ntop(_AF[kind], packed), port, cookie)
+        kind, part = Family.V4, slice(4)
+    elif other.startswith(_MAPPED):
+        kind, part = Family.V4, slice(12, 16)
+    address, own_address = (socket.inet_ntop(_AF[kind], each[part]) for each in (other, own))
+    return Peer(kind, protocol, address, port, cookie, own_address)

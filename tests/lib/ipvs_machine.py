@@ -48,8 +48,8 @@ class Machine:
         """Virtual servers whose UDP flows were let go, and whether they were still there."""
         self.removed: list[ServerKey] = []
         """Virtual servers in the order in which they went."""
-        self.ended: set[ServerKey] = set()
-        """Virtual servers the node's own connections to which were ended."""
+        self.ended: set[str] = set()
+        """Addresses the node's own connections from which were ended."""
         self.told: Counter[str] = Counter()
         """Messages by kind."""
 

@@ -42,6 +42,7 @@ def node(family: Family) -> Iterator[None]:
     try:
         with space.entered():
             run(["ip", "address", "add", f"{backend}/{length}", "dev", "lo"])
+            space.settle()
             run(["ip", "route", "add", "default", "dev", "lo", "src", backend])
             rule = f"{ip} daddr {vip} udp dport {port} dnat to {to}"
             hook = "type nat hook output priority -100"

@@ -118,10 +118,17 @@ def test_matching_udp_sockets_of_both_families_fail_and_others_live(
     assert destroy_below(cgroup, gone) == 3
     assert sorted(seen) == sorted(
         [
-            Peer(Family.V4, Protocol.UDP, "127.0.0.1", 5001, client.cookies["v4"]),
-            Peer(Family.V4, Protocol.UDP, "127.0.0.1", 5002, client.cookies["other port"]),
-            Peer(Family.V6, Protocol.UDP, "::1", 5001, client.cookies["v6"]),
-            Peer(Family.V4, Protocol.UDP, "127.0.0.1", 5001, client.cookies["mapped"]),
+            Peer(Family.V4, Protocol.UDP, "127.0.0.1", 5001, client.cookies["v4"], "127.0.0.1"),
+            Peer(
+                Family.V4,
+                Protocol.UDP,
+                "127.0.0.1",
+                5002,
+                client.cookies["other port"],
+                "127.0.0.1",
+            ),
+            Peer(Family.V6, Protocol.UDP, "::1", 5001, client.cookies["v6"], "::1"),
+            Peer(Family.V4, Protocol.UDP, "127.0.0.1", 5001, client.cookies["mapped"], "127.0.0.1"),
         ]
     )
     assert client.errors() == {"v4": ECONNABORTED, "v6": ECONNABORTED, "mapped": ECONNABORTED}

@@ -391,12 +391,11 @@ class IpvsDataplane:
             served = self._owned(found)
             flows.hand_on(served)
             kernel.remove_servers(served)
-            own = found.addresses - found.elsewhere
-            bound = [key for key in served if key.address in own]
+            going = found.addresses - found.elsewhere
             # Before, so that the other ends hear of it; after, for those that came meanwhile.
-            flows.end_sockets(bound)
+            flows.end_sockets(going)
             kernel.remove_device()
-            flows.end_sockets(bound)
+            flows.end_sockets(going)
         finally:
             kernel.close()
         flows.forget(served)

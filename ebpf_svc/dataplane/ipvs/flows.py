@@ -36,8 +36,8 @@ def hand_on(servers: Collection[ServerKey]) -> None:
         time.sleep(PAUSE_S)
 
 
-def end_sockets(servers: Collection[ServerKey]) -> int:
-    """Let the node's own connections to virtual servers fail at once, as their addresses go.
+def end_sockets(addresses: Collection[str]) -> int:
+    """Let the node's own connections fail at once whose addresses go.
 
     The kernel gives a socket that calls an address of the node's that address for its own, whoever
     carries the connection. Without it nothing is sent and no answer arrives, and TCP would wait for
@@ -46,11 +46,9 @@ def end_sockets(servers: Collection[ServerKey]) -> int:
     Returns:
         How many; a kernel that does not end sockets is logged.
     """
-    keys = frozenset(servers)
     try:
         return sockets.destroy_sockets(
-            lambda peer: ServerKey(peer.address, peer.port, peer.protocol) in keys,
-            protocols=(Protocol.TCP, Protocol.UDP),
+            lambda peer: peer.own_address in addresses, protocols=(Protocol.TCP, Protocol.UDP)
         )
     except (DataplaneError, OSError) as error:
         log.warning("sockets.left", error=str(error))
