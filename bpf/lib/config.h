@@ -35,7 +35,8 @@
 	!defined(STATE_CLIENT_FIN) || !defined(STATE_BACKEND_FIN) || \
 	!defined(STATE_RESET) || !defined(STATE_ESTABLISHED) || \
 	!defined(UDP_IDLE_S) || !defined(SYN_IDLE_S) || !defined(TCP_IDLE_S) || \
-	!defined(DIRECT_NOTES)
+	!defined(DIRECT_NOTES) || !defined(DIRECT_SERVICE) || !defined(DIRECT_LEASE) || \
+	!defined(NAT_TRIES) || !defined(BESIDE_TRIES)
 #error "flow flags are missing: compile through ebpf_svc"
 #endif
 #if !defined(EVENT_OPENED) || !defined(EVENT_ENDING) || !defined(EVENT_DROPPED)

@@ -4,7 +4,7 @@
 /* Clients that call an endpoint itself. One may use a port for that and for a service
  * at the same time: two connections to its own kernel, one to the endpoint. Connection
  * tracking gives the later of the two another port, and so do we (FLOW_PORT). A call
- * whose port is taken is a flow of service DIRECT: its frontend is the endpoint.
+ * whose port is taken is a flow of DIRECT_SERVICE: its frontend is the endpoint.
  *
  * A service's flow learns that it is the later one from notes of direct calls, an
  * array by the hash of their ends. A note that another has replaced is missed; one that
@@ -13,13 +13,6 @@
 #include "flow.h"
 #include "nat.h"
 #include "select.h"
-
-/* The service of a direct call in flow_key: ids begin above it. */
-#define DIRECT 0
-/* In slot 0 of the notes is when a packet of a direct call last had another port: while
- * there are none, no packet pays for a search.
- */
-#define LEASE_SLOT 0
 
 /* May this packet be the first of something? Any datagram may. */
 static __always_inline bool may_open(const struct packet *pkt)
@@ -104,7 +97,7 @@ static __always_inline int open_direct(struct flow_key *key, struct opening *fre
 	if (!backend_index.lookup(&ends->backend))
 		return NOT_OURS;
 	fresh->taken = false;
-	free_client_port(fresh, key, DIRECT, now);
+	free_client_port(fresh, key, DIRECT_SERVICE, now);
 	note_direct(fresh, now);
 	if (!fresh->taken || ends->backend.proto == IPPROTO_SCTP)
 		return NOT_OURS;
@@ -113,7 +106,7 @@ static __always_inline int open_direct(struct flow_key *key, struct opening *fre
 	flow->backend = ends->backend;
 	flow->seen_s = now;
 	flow->flags = FLOW_PORT;
-	key->service = DIRECT;
+	key->service = DIRECT_SERVICE;
 	key->second = 0;
 	if (!take_nat_port(flow, key, &key->client, fresh->hash, ends, now))
 		return NOT_OURS;
@@ -129,7 +122,7 @@ static __always_inline int call_direct(struct __sk_buff *skb, const struct packe
 				       struct flow_key *key, struct flow_value **flow)
 {
 	bool first = may_open(pkt), last = pkt->tcp_flags & (TCP_FIN | TCP_RST);
-	__u32 slot = LEASE_SLOT, zero = 0, now;
+	__u32 slot = DIRECT_LEASE, zero = 0, now;
 	struct direct_note *lease = direct.lookup(&slot);
 	struct opening *fresh;
 
@@ -144,7 +137,7 @@ static __always_inline int call_direct(struct __sk_buff *skb, const struct packe
 	key->client = pkt->src;
 	key->client_port = pkt->sport;
 	key->proto = pkt->proto;
-	key->service = DIRECT;
+	key->service = DIRECT_SERVICE;
 	key->second = 0;
 	if (last)
 		forget_direct(fresh);

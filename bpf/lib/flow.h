@@ -250,8 +250,6 @@ static __always_inline bool free_client_port(struct opening *fresh, struct flow_
  * ports it already uses towards the endpoint, and of a node's, some for clients
  * of the fast path. Few tries: who runs out is rare, and told so.
  */
-#define NAT_TRIES 8
-
 static __always_inline bool flow_key_equal(const struct flow_key *a, const struct flow_key *b)
 {
 	return a->client_port == b->client_port && a->service == b->service &&

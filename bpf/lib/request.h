@@ -375,7 +375,7 @@ static __always_inline int request(struct __sk_buff *skb, __u32 l3, bool pod_dev
 		if (call_direct(skb, &pkt, &key, &flow) != NEXT || parse(skb, l3, &pkt) != NEXT)
 			return NOT_OURS;
 		note_request(flow, &pkt);
-		return send_to_backend(skb, &pkt, flow, DIRECT);
+		return send_to_backend(skb, &pkt, flow, DIRECT_SERVICE);
 	}
 	verdict = find_or_open(skb, &pkt, &to, frontend, &key, pod_device, false, &flow);
 	if (verdict != NEXT)

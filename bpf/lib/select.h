@@ -157,8 +157,6 @@ static __always_inline __u32 choose_for_packet(const struct frontend_value *fron
 	return choose(frontend, list, &client, client_hash(pkt, sticky), now_s);
 }
 
-#define BESIDE_TRIES 8
-
 /* Another backend of the list than id, where this client's port is taken by its
  * flow to another address of the service: the backend could not tell the two
  * apart. NO_BACKEND when there is none.

@@ -15,7 +15,7 @@ from typing import cast
 
 import pytest
 
-from ebpf_svc.dataplane.ebpf import constants, source
+from ebpf_svc.dataplane.ebpf import constants
 from ebpf_svc.dataplane.ebpf.constants import NAT_PORTS, NAT_TRIES, UDP_IDLE_S
 from ebpf_svc.explain import proof
 from ebpf_svc.explain.client import Client
@@ -412,17 +412,3 @@ def test_answer_to_a_connected_socket_is_told(
     assert asking.told() == (Asked(is_connected=True), Verdict.UNTOUCHED)
     sock.close()
     assert asking.told() == (None, Verdict.FORWARDED)
-
-
-def test_numbers_of_the_programs_are_those_that_are_looked_at() -> None:
-    """They are C's own: whoever changes one there must change it here."""
-    lib = source.source_dir() / "lib"
-    for name, header, number in (
-        ("NAT_TRIES", "flow.h", constants.NAT_TRIES),
-        ("BESIDE_TRIES", "select.h", constants.BESIDE_TRIES),
-        ("DIRECT", "direct.h", constants.DIRECT_SERVICE),
-        ("LEASE_SLOT", "direct.h", constants.DIRECT_LEASE),
-    ):
-        found = re.search(rf"^#define {name} (\d+)$", (lib / header).read_text(), re.MULTILINE)
-        assert found is not None, name
-        assert int(found[1]) == number, name

@@ -120,12 +120,15 @@ NAT_PORTS = range(61_000, 65_536)
 they already use: above those Linux gives to sockets by default, and not among those netfilter
 masquerades to (host/nft.py).
 """
-NAT_TRIES, BESIDE_TRIES = 8, 8
-"""How many of them a flow tries, and how many slots beside its own for another backend: as
-bpf/lib/flow.h and select.h have it."""
-DIRECT_SERVICE, DIRECT_LEASE = 0, 0
-"""The service of calls to endpoints themselves, and the note that says whether one has another port
-(bpf/lib/direct.h)."""
+NAT_TRIES = 8
+"""How many of them a flow tries: who runs out is rare, and told so."""
+BESIDE_TRIES = 8
+"""How many slots beside its own a flow tries for another backend."""
+DIRECT_SERVICE = 0
+"""The service of calls to endpoints themselves in the keys of flows: ids begin above it."""
+DIRECT_LEASE = 0
+"""In this slot of the notes is when a packet of a direct call last had another port: while there
+are none, no packet pays for a search."""
 UDP_IDLE_S = 120
 """A UDP flow unused this long picks anew, as netfilter's udp_timeout_stream would have it."""
 SYN_IDLE_S = 60
@@ -229,6 +232,10 @@ def defines(family: Family) -> dict[str, str]:
         "SYN_IDLE_S": str(SYN_IDLE_S),
         "TCP_IDLE_S": str(TCP_IDLE_S),
         "DIRECT_NOTES": str(DIRECT_NOTES),
+        "DIRECT_SERVICE": str(DIRECT_SERVICE),
+        "DIRECT_LEASE": str(DIRECT_LEASE),
+        "NAT_TRIES": str(NAT_TRIES),
+        "BESIDE_TRIES": str(BESIDE_TRIES),
         "BACKEND_CHAIN_MAX": str(BACKEND_CHAIN_MAX),
         "SOCKET_ENTRIES": str(SOCKET_ENTRIES),
         "NO_BACKEND": str(NO_BACKEND),
