@@ -49,6 +49,13 @@ LOSSY_AT_ITS_END = {
     ),
 }
 """Modes that single packets of masqueraded flows and calls of the node are lost with, with why."""
+LOSSY_BESIDE = {
+    ("ipvs", "ebpf"): (
+        "A socket hook connects a pod to the endpoint itself. Where IPVS remembers the same port, "
+        "from a connection that ended up to two minutes ago, it takes the answers for its own."
+    ),
+}
+"""Steps in which new connections of pods may fail while the old mode waits, with why."""
 LOST = 2
 """How many a client may lose in such a step, on open sockets of a family or on new ones."""
 SYN_S = 3.0
@@ -124,6 +131,8 @@ class Site:
             masqueraded = (self.node, self.cluster.client)
             found |= {f"{each.name} {what}" for each in masqueraded for what in open_udp}
             found |= {f"{self.node.name} {what}" for what in ("UDP", "TCP")}
+        if (before, after) in LOSSY_BESIDE:
+            found |= {f"{self.shell.name} {what}" for what in ("UDP", "TCP")}
         return found
 
     def open(self, stack: ExitStack, protocol: Protocol) -> dict[str, Connection]:
