@@ -1,10 +1,11 @@
 """The iptables rules of ipvs mode: a few, always the same, in the words of iptables-save. Pure.
 
 Sets say what a destination is, so services come and go without a rule being written (V14-V16).
-Where these differ from kube-proxy's: rules for sets that are empty stand as well; with policy Local
-the node's own packets are masqueraded, as in the other modes, since their source is the VIP, to
-which no other node can answer; and what the node itself sends to a VIP with source ranges is
-checked in table mangle, before IPVS translates it.
+Where these differ from kube-proxy's: rules for sets that are empty stand as well; packets that open
+nothing leave the access filter at once; with policy Local the node's own packets are masqueraded,
+as in the other modes, since their source is the VIP, to which no other node can answer; and what
+the node itself sends to a VIP with source ranges is checked in table mangle, before IPVS translates
+it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _LOOPBACK = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
 _REFUSAL = {Family.V4: "icmp-port-unreachable", Family.V6: "icmp6-port-unreachable"}
 _FROM_NODE = "-m addrtype --src-type LOCAL "
 _TO_NODE = "-m addrtype --dst-type LOCAL "
+_NOT_NEW = "-m conntrack ! --ctstate NEW "
 
 _JUMPS = {
     MANGLE: (("OUTPUT", "kube-proxy firewall rules", OUT_FILTER),),
@@ -216,6 +218,8 @@ def _ipvs_filter(options: RuleOptions) -> tuple[str, ...]:
     """
     balanced = (sets.LOAD_BALANCER, sets.CLUSTER_IP, sets.EXTERNAL_IP, sets.EXTERNAL_IP_LOCAL)
     return (
+        # Only new connections are refused: the packets of others need no look at six sets.
+        f"{_NOT_NEW}-j RETURN",
         *_refuse(options, sets.NO_ENDPOINTS, "dst,dst"),
         *(_match(options, short, "dst,dst", "-j RETURN") for short in balanced),
         _match(options, sets.HEALTH_CHECK, "dst", "-j RETURN"),

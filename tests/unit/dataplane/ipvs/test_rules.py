@@ -84,11 +84,14 @@ def test_policy_local_returns_before_ports_are_marked() -> None:
 
 
 def test_refusal_comes_before_everything_else_of_the_filter() -> None:
-    """P2, V16: what has no endpoints is refused though its address is a service's."""
+    """P2, V16: what has no endpoints is refused though its address is a service's; only what opens
+    something is looked at.
+    """
     chain = rules.contents(OPTIONS)[FILTER]["KUBE-IPVS-FILTER"]
-    assert "KUBE-NO-ENDPOINTS" in chain[0]
-    assert chain[0].endswith("tcp-reset")
+    assert chain[0].endswith("-m conntrack ! --ctstate NEW -j RETURN")
     assert "KUBE-NO-ENDPOINTS" in chain[1]
+    assert chain[1].endswith("tcp-reset")
+    assert "KUBE-NO-ENDPOINTS" in chain[2]
     assert "KUBE-IPVS-IPS" in chain[-1]
     assert chain[-1].endswith("icmp-port-unreachable")
 
