@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,39 +63,45 @@ def _pod(world: World, web: Web, family: Family, protocol: Protocol) -> Target:
     return Target(world.web1.address(family), web.target_port, protocol)
 
 
+def _calls(world: World, web: Web) -> Iterator[tuple[Host, Target, Target, Family]]:
+    """Who, a service and its pod itself, both from one port."""
+    for family, protocol in CASES:
+        for asker, plain in _pairs(world, web, family, protocol):
+            target = replace(plain, source_port=next(ports))
+            direct = replace(_pod(world, web, family, protocol), source_port=target.source_port)
+            yield asker, target, direct, family
+
+
 @pytest.mark.usefixtures("by_program")
 def test_port_in_use_for_a_pod_itself_is_another_for_its_service(
     world: World, publish: Publish
 ) -> None:
     """While a connection to the pod is open: told, and so the pod sees it; not from other ports."""
     web = publish([world.web1], external_local=True)
-    for family, protocol in CASES:
-        for asker, plain in _pairs(world, web, family, protocol):
-            target = replace(plain, source_port=next(ports))
-            direct = replace(_pod(world, web, family, protocol), source_port=target.source_port)
-            with connection(asker, direct) as held:
-                assert held.ping().client_port == direct.source_port
-                said = _told(world, asker, target, family)
-                endpoint = f"{said['backend']}"
-                (use,) = said["port"]["in_use"]
-                assert (use["called"], use["endpoint"]) == (endpoint, endpoint)
-                assert said["port"]["seen"] in NAT_PORTS
-                (step,) = said["steps"]["port"]
-                begins = f"client port {target.source_port} is in use for a direct call to"
-                assert step.startswith(f"{begins} {endpoint} (")
-                assert step.endswith(f", so the endpoint sees port {said['port']['seen']}.")
-                assert _seen(asker, target) == said["port"]["seen"]
-                assert held.ping().ok
-                free = replace(target, source_port=next(ports))
-                said = _told(world, asker, free, family)
-                assert said["port"] == {
-                    "client": free.source_port,
-                    "seen": free.source_port,
-                    "in_use": [],
-                    "passed_over": [],
-                    "answers": None,
-                }
-                assert _seen(asker, free) == free.source_port
+    for asker, target, direct, family in _calls(world, web):
+        with connection(asker, direct) as held:
+            assert held.ping().client_port == direct.source_port
+            said = _told(world, asker, target, family)
+            endpoint = f"{said['backend']}"
+            (use,) = said["port"]["in_use"]
+            assert (use["called"], use["endpoint"]) == (endpoint, endpoint)
+            assert said["port"]["seen"] in NAT_PORTS
+            (step,) = said["steps"]["port"]
+            begins = f"client port {target.source_port} is in use for a direct call to"
+            assert step.startswith(f"{begins} {endpoint} (")
+            assert step.endswith(f", so the endpoint sees port {said['port']['seen']}.")
+            assert _seen(asker, target) == said["port"]["seen"]
+            assert held.ping().ok
+            free = replace(target, source_port=next(ports))
+            said = _told(world, asker, free, family)
+            assert said["port"] == {
+                "client": free.source_port,
+                "seen": free.source_port,
+                "in_use": [],
+                "passed_over": [],
+                "answers": None,
+            }
+            assert _seen(asker, free) == free.source_port
 
 
 @pytest.mark.usefixtures("by_program")
@@ -104,24 +110,21 @@ def test_port_in_use_for_a_service_is_another_for_the_pod_itself(
 ) -> None:
     """The other way round; the call that is no service's is told to keep all but its port."""
     web = publish([world.web1], external_local=True)
-    for family, protocol in CASES:
-        for asker, plain in _pairs(world, web, family, protocol):
-            target = replace(plain, source_port=next(ports))
-            direct = replace(_pod(world, web, family, protocol), source_port=target.source_port)
+    for asker, target, direct, family in _calls(world, web):
+        said = _told(world, asker, direct, family)
+        assert (said["verdict"], said["port"]["seen"]) == ("untouched", direct.source_port)
+        assert "is not in use towards" in said["steps"]["port"][0]
+        with connection(asker, target) as held:
+            assert held.ping().client_port == target.source_port
             said = _told(world, asker, direct, family)
-            assert (said["verdict"], said["port"]["seen"]) == ("untouched", direct.source_port)
-            assert "is not in use towards" in said["steps"]["port"][0]
-            with connection(asker, target) as held:
-                assert held.ping().client_port == target.source_port
-                said = _told(world, asker, direct, family)
-                assert (said["verdict"], said["service"]) == ("other_port", None)
-                (use,) = said["port"]["in_use"]
-                assert use["called"].endswith(f":{target.port}")
-                assert said["summary"].endswith(f"the endpoint sees port {said['port']['seen']}")
-                assert said["headers"][1]["source"].endswith(f":{said['port']['seen']}")
-                assert not any("left alone" in each for each in said["steps"]["frontend"])
-                assert _seen(asker, direct) == said["port"]["seen"] != direct.source_port
-                assert held.ping().ok
+            assert (said["verdict"], said["service"]) == ("other_port", None)
+            (use,) = said["port"]["in_use"]
+            assert use["called"].endswith(f":{target.port}")
+            assert said["summary"].endswith(f"the endpoint sees port {said['port']['seen']}")
+            assert said["headers"][1]["source"].endswith(f":{said['port']['seen']}")
+            assert not any("left alone" in each for each in said["steps"]["frontend"])
+            assert _seen(asker, direct) == said["port"]["seen"] != direct.source_port
+            assert held.ping().ok
 
 
 @pytest.mark.usefixtures("by_program")
