@@ -76,7 +76,7 @@ def _calls(world: World, web: Web) -> Iterator[tuple[Host, Target, Target, Famil
 def test_port_in_use_for_a_pod_itself_is_another_for_its_service(
     world: World, publish: Publish
 ) -> None:
-    """While a connection to the pod is open: told, and so the pod sees it; not from other ports."""
+    """While a client's connection to a pod is open, the port its service's would have is told."""
     web = publish([world.web1], external_local=True)
     for asker, target, direct, family in _calls(world, web):
         with connection(asker, direct) as held:
@@ -108,7 +108,7 @@ def test_port_in_use_for_a_pod_itself_is_another_for_its_service(
 def test_port_in_use_for_a_service_is_another_for_the_pod_itself(
     world: World, publish: Publish
 ) -> None:
-    """The other way round; the call that is no service's is told to keep all but its port."""
+    """A call to the pod itself keeps all but its port while one to its service is open: told."""
     web = publish([world.web1], external_local=True)
     for asker, target, direct, family in _calls(world, web):
         said = _told(world, asker, direct, family)
@@ -129,8 +129,8 @@ def test_port_in_use_for_a_service_is_another_for_the_pod_itself(
 
 @pytest.mark.usefixtures("by_program")
 def test_port_of_a_masquerade_is_told_where_it_can_be(world: World, publish: Publish) -> None:
-    """P6: of the fast path, also where another connection has the first choice; netfilter draws its
-    own, and that is said.
+    """On the fast path the port that stands for a client's is told, also where the first choice is
+    taken; that netfilter draws its own is said (P6).
     """
     web, node1, client = publish([world.web3]), world.cluster.nodes[0], world.cluster.client
     is_fast = world.agents[0].settings.ebpf.fast_path
@@ -175,8 +175,8 @@ def _ports_that_begin_alike(told: Told, client: str, target: Target) -> tuple[in
 
 @pytest.mark.usefixtures("by_program")
 def test_answer_to_a_process_of_the_node_is_told(world: World, publish: Publish) -> None:
-    """B9: whom it asked from the number of a node port gets through to it, strangers to the pod;
-    and once the socket is closed everybody.
+    """Whom a process asked from the number of a node port gets through to it, strangers to the pod;
+    everybody, once its socket is closed (B9).
     """
     node1, client = world.cluster.nodes[0], world.cluster.client
     serve(client, udp=[SERVER_PORT])
@@ -208,7 +208,7 @@ def test_answer_to_a_process_of_the_node_is_told(world: World, publish: Publish)
 def test_port_that_only_the_kernel_knows_is_said_to_be(
     world: World, publish: Publish, dataplane: str
 ) -> None:
-    """At a socket, and in modes whose translation is connection tracking's."""
+    """What cannot be known of a port is said: at sockets, and where connection tracking chooses."""
     web = publish([world.web1])
     target = web.at_cluster_ip(Family.V4, Protocol.TCP)
     with looking(world) as told:
@@ -227,7 +227,7 @@ def test_port_that_only_the_kernel_knows_is_said_to_be(
 
 @pytest.mark.usefixtures("by_program")
 def test_command_tells_what_a_port_is_in_use_for(world: World, publish: Publish) -> None:
-    """As a line of its own, and only when a port was named."""
+    """The port has a line of its own, and only when one was named."""
     web, asker, family = publish([world.web1]), world.sandbox1, Family.V4
     direct = replace(_pod(world, web, family, Protocol.TCP), source_port=next(ports))
     words = ("explain", asker.address(family), f"{web.cluster.v4}:80", "--sandbox")

@@ -115,7 +115,7 @@ def _programs(runs: Runs) -> Iterator[str]:
         return
     kernels = sorted(runs.programs, key=_version)
     yield "\n## Programs\n"
-    yield "Instructions of each eBPF program, the most of any option set;"
+    yield "Instructions of each eBPF program, the most of any option set that was tried;"
     yield "in brackets how many of a million the verifier walked, where the kernel tells.\n"
     yield "| program | " + " | ".join(kernels) + " |"
     yield "|---|" + "---|" * len(kernels)
