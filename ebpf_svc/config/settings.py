@@ -18,6 +18,7 @@ from ebpf_svc.config.kubernetes import KubernetesSettings
 from ebpf_svc.config.userspace import UserspaceSettings
 from ebpf_svc.config.values import (
     Address,
+    AllOrInside,
     NodePortAddress,
     Prefix,
     Seconds,
@@ -178,9 +179,9 @@ class Settings(Section):
     """Bit of the packet mark that asks for masquerading; another if the CNI uses kube-proxy's 14
     for its own ends.
     """
-    allow_external_ips: bool = True
-    """Honour spec.externalIPs (F8); off where tenants must not draw traffic to themselves
-    (CVE-2020-8554).
+    allow_external_ips: AllOrInside = True
+    """Honour spec.externalIPs (F8): all of them, none, or those inside a list of prefixes of both
+    families, where tenants must not draw traffic to themselves (CVE-2020-8554).
     """
     resync_period_s: Seconds = Field(default=30.0, gt=0)
     """How often the kernel is read back and drift repaired."""

@@ -11,7 +11,14 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    TypeAdapter,
+)
 from pydantic_core import PydanticCustomError
 
 from ebpf_svc.model.net import canonical_address, canonical_prefix
@@ -32,6 +39,7 @@ _UPPER = {"cidr": "CIDR", "cidrs": "CIDRs", "ip": "IP", "ips": "IPs", "lb": "LB"
 }
 NODE_PORT_WORDS = frozenset({"primary", "localhost", "all"})
 """Words `node_port_addresses` takes besides prefixes (A5, Q3)."""
+_YES_OR_NO = TypeAdapter(bool)
 
 
 class Section(BaseModel):
@@ -149,6 +157,16 @@ def _checked(parse: Callable[[str], Any], expected: str) -> Callable[[str], str]
     return check
 
 
+def _all_or_inside(value: Any) -> bool | tuple[str, ...]:
+    expected = "true, false, or prefixes such as [203.0.113.0/24]"
+    try:
+        if isinstance(value, list | tuple):
+            return tuple(canonical_prefix(text) for text in value)
+        return _YES_OR_NO.validate_python(value)
+    except (ValueError, AttributeError):
+        raise wrong(expected) from None
+
+
 def listen_at(default_port: int) -> Callable[[str], str]:
     """A validator of `IP:port`; a bare address gets that port, and nothing means: do not listen."""
 
@@ -172,6 +190,8 @@ Prefix = Annotated[str, AfterValidator(_checked(canonical_prefix, "a prefix such
 """A prefix, canonical."""
 Address = Annotated[str, AfterValidator(_checked(canonical_address, "an IP address"))]
 """An address, canonical."""
+AllOrInside = Annotated[bool | tuple[str, ...], PlainValidator(_all_or_inside)]
+"""Whether addresses are allowed: all, none, or those inside canonical prefixes."""
 NodePortAddress = Annotated[
     str,
     AfterValidator(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 
 from ebpf_svc.explain.model import Verdict
 from ebpf_svc.explain.scene import Scene
 from ebpf_svc.model.desired import FrontendKey, FrontendKind, FrontendView
-from ebpf_svc.model.net import family_of
+from ebpf_svc.model.net import family_of, is_inside
+from ebpf_svc.plan.options import external_ip_ranges
 from ebpf_svc.status import NamedFrontend
 
 LEFT_ALONE = "The packet is left alone: it is routed as if there were no services."
@@ -23,7 +23,7 @@ def verdict(scene: Scene, key: FrontendKey) -> Verdict:
     if _cluster_ip(scene, key) is not None:
         return _AT_CLUSTER_IP.get(scene.mode, Verdict.UNTOUCHED)
     is_free = not any(other.address == key.address for other in scene.views)
-    if is_free and _is_inside(key.address, _service_cidrs(scene)):
+    if is_free and is_inside(key.address, _service_cidrs(scene)):
         return _UNALLOCATED.get(scene.mode, Verdict.UNTOUCHED)
     return Verdict.UNTOUCHED
 
@@ -51,6 +51,8 @@ def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
         )
         yield _consequence(scene, key)
         return
+    elif refused := _refused_external_ip(scene, key):
+        yield f"It is an external IP of {refused}, but allowExternalIPs does not allow it (F8)."
     elif node_ports and is_local:
         where = ", ".join(sorted({other.address for other in node_ports}))
         yield (
@@ -66,7 +68,7 @@ def sentences(scene: Scene, key: FrontendKey) -> Iterator[str]:
         yield f"{key.address} is an address of this node; no Service has node port {key.port}."
     elif same:
         yield f"Other ports are served there: {_ports(same)}."
-    elif _is_inside(key.address, _service_cidrs(scene)):
+    elif is_inside(key.address, _service_cidrs(scene)):
         yield "It is in the range of cluster IPs, and no Service has it."
         yield _consequence(scene, key)
         return
@@ -116,9 +118,16 @@ def _endpoint(
     return ""
 
 
-def _is_inside(address: str, prefixes: Iterable[str]) -> bool:
-    found = ipaddress.ip_address(address)
-    return any(
-        family_of(prefix) is family_of(address) and found in ipaddress.ip_network(prefix)
-        for prefix in prefixes
+def _refused_external_ip(scene: Scene, key: FrontendKey) -> str:
+    """The services that would be called there if the settings allowed it; empty for none."""
+    snapshot = scene.known.snapshot
+    if snapshot is None or is_inside(key.address, external_ip_ranges(scene.settings)):
+        return ""
+    wanted = (key.port, key.protocol)
+    names = (
+        str(name)
+        for name, each in snapshot.services.items()
+        if key.address in each.external_ips
+        and wanted in ((port.port, port.protocol) for port in each.ports)
     )
+    return ", ".join(sorted(names))

@@ -8,7 +8,13 @@ print as they are; only the codecs at the kernel's edge turn them into bytes.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from enum import IntEnum, IntFlag, StrEnum
+from functools import lru_cache
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EVERYWHERE = ("0.0.0.0/0", "::/0")
+"""Prefixes every address is in."""
 
 
 class Family(IntEnum):
@@ -90,3 +96,15 @@ def canonical_prefix(text: str) -> str:
     if not slash:
         raise ValueError(f"{text!r} is not a valid CIDR")
     return str(ipaddress.ip_network(f"{canonical_address(address)}/{length}", strict=False))
+
+
+@lru_cache(maxsize=4096)
+def parse_prefix(text: str) -> Network:
+    """Parse a canonical prefix; the same few hundred come back with every plan."""
+    return ipaddress.ip_network(text)
+
+
+def is_inside(address: str, prefixes: Iterable[str]) -> bool:
+    """Whether one of the canonical prefixes, of whatever family, has the address."""
+    found = ipaddress.ip_address(address)
+    return any(found in parse_prefix(prefix) for prefix in prefixes)

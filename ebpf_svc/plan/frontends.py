@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ebpf_svc.model.desired import Frontend, FrontendKey, FrontendKind
-from ebpf_svc.model.net import Family, Sources, family_of
+from ebpf_svc.model.net import Family, Sources, family_of, is_inside, parse_prefix
 from ebpf_svc.model.service import Service, ServicePort, TrafficPolicy
 from ebpf_svc.plan.endpoints import is_external_local
 from ebpf_svc.plan.options import PlanOptions
-from ebpf_svc.plan.place import Addresses, parse_prefix
+from ebpf_svc.plan.place import Addresses
 
 _NOBODY = Sources.NONE
 _NOT_PODS = Sources.NODE | Sources.EXTERNAL
@@ -86,11 +86,10 @@ def frontends_of(
         for address in vips:
             key = FrontendKey(address, number, protocol)
             found.setdefault(key, Frontend(key, FrontendKind.LOAD_BALANCER, *treatment, ranges))
-    if options.allow_external_ips:
-        for address in service.external_ips:
-            if family_of(address) is family:
-                key = FrontendKey(address, number, protocol)
-                found.setdefault(key, Frontend(key, FrontendKind.EXTERNAL_IP, *treatment))
+    for address in service.external_ips:
+        if family_of(address) is family and is_inside(address, options.external_ip_ranges):
+            key = FrontendKey(address, number, protocol)
+            found.setdefault(key, Frontend(key, FrontendKind.EXTERNAL_IP, *treatment))
     if port.node_port:
         for address in addresses.node_ports:
             key = FrontendKey(address, port.node_port, protocol)

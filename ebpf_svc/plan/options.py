@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ebpf_svc.config import Settings
 from ebpf_svc.config.detect import detector_families
-from ebpf_svc.model.net import Family
+from ebpf_svc.model.net import EVERYWHERE, Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,10 @@ class PlanOptions:
     """Families in which pods can be told from outside clients (D1); in the others matrix rows
     change (D2).
     """
-    allow_external_ips: bool = True
-    """False: external IPs get no frontend, though they still count as one for policies (F8,
-    F21)."""
+    external_ip_ranges: tuple[str, ...] = EVERYWHERE
+    """Canonical prefixes. External IPs outside get no frontend, though they still count as one for
+    policies (F8, F21).
+    """
 
     @classmethod
     def from_settings(cls, settings: Settings) -> PlanOptions:
@@ -40,5 +41,13 @@ class PlanOptions:
             localhost_node_ports=settings.localhost_node_ports,
             masquerade_all=settings.masquerade_all,
             local_detector=detector_families(settings),
-            allow_external_ips=settings.allow_external_ips,
+            external_ip_ranges=external_ip_ranges(settings),
         )
+
+
+def external_ip_ranges(settings: Settings) -> tuple[str, ...]:
+    """The prefixes in which external IPs are honoured."""
+    allowed = settings.allow_external_ips
+    if isinstance(allowed, tuple):
+        return allowed
+    return EVERYWHERE if allowed else ()

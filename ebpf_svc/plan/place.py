@@ -5,19 +5,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-from ebpf_svc.model.net import Family, family_of
+from ebpf_svc.model.net import EVERYWHERE, Family, Network, family_of, parse_prefix
 from ebpf_svc.model.snapshot import NodeFacts
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 WILDCARD = {Family.V4: "0.0.0.0", Family.V6: "::"}
 LOOPBACK = {Family.V4: "127.0.0.1", Family.V6: "::1"}
 """The one loopback address NodePorts answer on; the socket hooks map others to it."""
 _WORD_PREFIXES = {
     "localhost": ("127.0.0.0/8", "::1/128"),
-    "all": ("0.0.0.0/0", "::/0"),
+    "all": EVERYWHERE,
 }
 
 
@@ -107,9 +104,3 @@ def _prefixes(selection: tuple[str, ...], family: Family, node_ip: str | None) -
                     yield prefix
         elif node_ip is not None and not ipaddress.ip_address(node_ip).is_loopback:
             yield f"{node_ip}/{32 if family is Family.V4 else 128}"
-
-
-@lru_cache(maxsize=4096)
-def parse_prefix(text: str) -> Network:
-    """Parse a canonical prefix; the same few hundred come back with every plan."""
-    return ipaddress.ip_network(text)

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from ebpf_svc.model.net import Family
 from ebpf_svc.testbed.addressing import LAN_ROUTER, PREFIX_LENGTH
+from ebpf_svc.testbed.agent import Agent
 from tests.behaviour.conftest import Publish
+from tests.lib.manifests import PORT
 from tests.lib.probing import (
     BALANCER,
     CLUSTER_IP,
@@ -63,6 +65,30 @@ def test_external_ips_can_be_forbidden(world: World, publish: Publish) -> None:
         rows = table(world, web, askers=asker, kinds=[EXTERNAL_IP], timeout_s=SILENT_S)
         assert_held(rows, lambda row: not any(one.ok for one in row.answers))
         assert_held(table(world, web, askers=asker, kinds=[NODE_PORT_1, BALANCER]))
+
+
+def test_external_ips_are_allowed_by_prefix(world: World, publish: Publish) -> None:
+    """allowExternalIPs as a list: what is inside is served, the rest is nobody's, each family by
+    its own prefixes; `explain` says why (F8).
+    """
+    web, other = publish(), publish()
+    served = ((web, Family.V4), (other, Family.V6))
+    allowed = [
+        f"{each.external.v4}/32" if family is Family.V4 else f"{each.external.v6}/128"
+        for each, family in served
+    ]
+    askers = [world.cluster.client, world.shell1]
+    with world.configured(allow_external_ips=allowed):
+        for each in (web, other):
+            rows = table(world, each, askers=askers, kinds=[EXTERNAL_IP], timeout_s=SILENT_S)
+            assert_held([row for row in rows if (each, row.family) in served])
+            outside = [row for row in rows if (each, row.family) not in served]
+            assert_held(outside, lambda row: not any(one.ok for one in row.answers))
+        agent: Agent = world.agents[0]
+        said = agent.command("explain", "outside", f"{other.external.v4}:{PORT}")
+        assert f"an external IP of tests/{other.name}, but allowExternalIPs" in " ".join(
+            said.split()
+        )
 
 
 def test_pod_reaches_an_external_ip_that_no_node_has(world: World, publish: Publish) -> None:

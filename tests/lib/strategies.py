@@ -20,7 +20,7 @@ from ebpf_svc.model.desired import (
     ServicePlan,
 )
 from ebpf_svc.model.endpoint import Endpoint, EndpointPort, EndpointSlice
-from ebpf_svc.model.net import Family, Protocol, Sources
+from ebpf_svc.model.net import EVERYWHERE, Family, Protocol, Sources
 from ebpf_svc.model.service import (
     Service,
     ServiceName,
@@ -323,5 +323,5 @@ plan_options = st.builds(
     localhost_node_ports=st.booleans(),
     masquerade_all=st.booleans(),
     local_detector=st.frozensets(families),
-    allow_external_ips=st.booleans(),
+    external_ip_ranges=st.sampled_from([EVERYWHERE, (), ("10.97.0.1/32", "fd00:61::1/128")]),
 )

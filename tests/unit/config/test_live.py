@@ -53,6 +53,7 @@ def test_written_settings_are_read_back(tmp_path: Path) -> None:
         kubernetes={"kubeconfig": "/etc/a: b", "node_wait_s": 90},
         detect_local=DetectLocal(interface_name_prefix="pod"),
         metrics_bind_address="",
+        allow_external_ips=("203.0.113.0/24",),
         ebpf=EbpfSettings(cgroup_root=Path("/c"), socket_lb="hostOnly"),
     )
     assert load_text(tmp_path, as_yaml(settings)).settings == settings

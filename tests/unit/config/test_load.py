@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,29 @@ def test_socket_lb_is_a_switch_too(tmp_path: Path, text: str, meant: SocketLB) -
     filed = load_text(tmp_path, f"ebpf: {{socket_lb: {text}}}").settings
     flagged = load(flags={"ebpf.socket_lb": Given(text, "--socket-lb")}).settings
     assert filed.ebpf.socket_lb is flagged.ebpf.socket_lb is meant
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (True, True),
+        (False, False),
+        ([], ()),
+        (["203.0.113.7/24", "2001:DB8::/32"], ("203.0.113.0/24", "2001:db8::/32")),
+    ],
+)
+def test_external_ips_are_allowed_wholly_or_by_prefix(
+    tmp_path: Path, given: Any, meant: bool | tuple[str, ...]
+) -> None:
+    """A switch as kube-proxy's gate (F8), or a list."""
+    assert load_text(tmp_path, ours(allowExternalIPs=given)).settings.allow_external_ips == meant
+
+
+@pytest.mark.parametrize("given", ["203.0.113.0/24", ["203.0.113.7"], [7], 2, {"a": 1}, "some"])
+def test_external_ips_cannot_be_allowed_by_anything_else(tmp_path: Path, given: Any) -> None:
+    """One prefix is no list, an address is no prefix."""
+    with pytest.raises(ConfigError, match=r"allowExternalIPs: got .* or prefixes such as \[203"):
+        load_text(tmp_path, ours(allowExternalIPs=given))
 
 
 def test_our_document_wins_over_kube_proxys_in_any_order(tmp_path: Path) -> None:

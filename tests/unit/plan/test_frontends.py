@@ -263,11 +263,31 @@ def test_external_ips_can_be_forbidden_but_still_count():
     state = plan(
         make_service("web", external_ips=["203.0.113.2"], internal_policy=LOCAL),
         make_endpoints("web", ready("10.1.0.1", on="node2")),
-        options=replace(V4_ONLY, allow_external_ips=False),
+        options=replace(V4_ONLY, external_ip_ranges=()),
     )
 
     assert keys(state) == ["10.96.0.10:80/TCP"]
     assert [item.in_cluster for view in state.view().values() for item in view.backends] == [True]
+
+
+def test_external_ips_outside_the_list_are_no_frontends():
+    """Each family by its own prefixes; a family without any has none (F8)."""
+    service = make_service(
+        "web",
+        cluster_ip=["10.96.0.10", "fd00:10:96::10"],
+        external_ips=["203.0.113.2", "198.51.100.2", "2001:db8::2"],
+        load_balancer_ips=["198.51.100.3"],
+    )
+    listed = {
+        ("203.0.113.0/24", "192.0.2.0/24"): ["203.0.113.2"],
+        ("2001:db8::/32",): ["2001:db8::2"],
+        ("203.0.113.2/32", "198.51.0.0/16", "2001:db8::2/128"): list(service.external_ips),
+    }
+
+    for ranges, served in listed.items():
+        views = plan(service, options=PlanOptions(external_ip_ranges=ranges)).view().values()
+        found = {view.frontend.key.address for view in views}
+        assert found == {"10.96.0.10", "fd00:10:96::10", "198.51.100.3", *served}
 
 
 def test_address_that_is_vip_and_external_ip_keeps_its_source_ranges():

@@ -446,7 +446,7 @@ def test_options_come_from_settings():
             cluster_cidrs=("10.244.0.0/16",),
             node_port_addresses=("primary", "010.0.0.0/8"),
             masquerade_all=True,
-            allow_external_ips=False,
+            allow_external_ips=("2001:db8::/32",),
         )
     )
 
@@ -455,5 +455,5 @@ def test_options_come_from_settings():
         node_port_addresses=("primary", "10.0.0.0/8"),
         masquerade_all=True,
         local_detector=frozenset({Family.V4}),
-        allow_external_ips=False,
+        external_ip_ranges=("2001:db8::/32",),
     )
