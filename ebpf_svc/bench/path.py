@@ -26,7 +26,7 @@ from ebpf_svc.bench.generator import Outcome, Server
 from ebpf_svc.bench.measures import MEASURES, Measure, Step
 from ebpf_svc.bench.population import Population
 from ebpf_svc.bench.progress import Progress
-from ebpf_svc.bench.record import environment
+from ebpf_svc.bench.record import environment, interprets_programs
 from ebpf_svc.bench.site import Site
 from ebpf_svc.bench.variants import DEFAULT, KUBE_PROXIES, WAYS, Way, choose
 from ebpf_svc.config import EbpfSettings, Settings
@@ -42,6 +42,10 @@ BUSY_SHARE = 0.9
 """Of the CPU, that client and server got: below, others had much of it."""
 GENERATOR_SHARE = 0.33
 """Of the CPU time, that the generator's own instructions may take."""
+INTERPRETED = (
+    "This kernel interprets eBPF programs, which others compile to machine code: what uses them is "
+    "slower here than elsewhere. Ratios hold for this kernel alone."
+)
 _START_MS = 30
 
 
@@ -210,6 +214,8 @@ class _Run:
     def _warn(self) -> None:
         """Say what makes the figures doubtful."""
         notes, environment = self.comparison.notes, self.comparison.environment
+        if interprets_programs(environment):
+            notes.append(INTERPRETED)
         environment["cpu_share"] = round(self.cpu_ns / self.elapsed_ns, 3)
         environment["generator_share"] = round(self.user_ns / self.cpu_ns, 3)
         if environment["cpu_share"] < BUSY_SHARE:
@@ -260,8 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, measure, print and write."""
     words = sys.argv[1:] if argv is None else list(argv)
     given = _parser().parse_args(words)
-    base = Options.short() if given.short or given.vm else Options()
-    if given.vm:
+    is_counted = given.vm is not None and not vm.is_process(given.vm)
+    base = Options.short() if given.short or is_counted else Options()
+    if is_counted:
         base = replace(base, services=(1, 1_000), full_at=1_000, ms=20)
     services = tuple(given.services or base.services)
     options = Options(
@@ -320,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = [measure.key for measure in MEASURES]
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample there")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write a report with plots there")
-    inside = "inside a virtual machine whose clock counts instructions"
+    inside = "under another kernel: emulated (6.1), its clock counting, or as a process (6.12-um)"
     real = "a kube-proxy binary, to be measured in each of its modes, too"
     parser.add_argument("--kube-proxy", type=Path, metavar="PATH", help=real)
     parser.add_argument("--vm", nargs="?", const=vm.KERNEL, metavar="KERNEL", help=inside)

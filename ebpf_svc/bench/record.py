@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -190,6 +190,15 @@ def environment() -> dict[str, Any]:
         "jit": _read("/proc/sys/net/core/bpf_jit_enable"),
         "load_1m": os.getloadavg()[0],
     }
+
+
+def interprets_programs(machine: Mapping[str, Any]) -> bool:
+    """Whether a run was made on a kernel that does not compile eBPF programs to machine code.
+
+    Args:
+        machine: what `environment` told of it; old runs may lack something.
+    """
+    return machine.get("jit", "1") in ("", "0")
 
 
 def _cpu_model() -> str:

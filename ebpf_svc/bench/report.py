@@ -13,6 +13,7 @@ from ebpf_svc.bench import figures, goals, plots, tables
 from ebpf_svc.bench.document import Block, Command, Heading, Plot, Table, Text, html, markdown
 from ebpf_svc.bench.figures import Comparison, Figure
 from ebpf_svc.bench.packet import EMPTY, MINIMAL
+from ebpf_svc.bench.record import interprets_programs
 from ebpf_svc.bench.variants import DIRECT, TRACKED
 from ebpf_svc.model.net import Family
 
@@ -72,7 +73,7 @@ def _path(name: str, comparison: Comparison) -> Iterator[Block]:
     for title, svg in plots.of_comparison(comparison):
         yield Plot(f"{name}-{title}", svg, title.replace("-", " "))
     found = list(goals.of_comparison(comparison))
-    if found:
+    if found and not interprets_programs(comparison.environment):
         rows = [(goal.sentence, goal.measured, _held(goal.holds), goal.tracked) for goal in found]
         yield Heading("Goals", 3)
         yield Text(_BASELINES)

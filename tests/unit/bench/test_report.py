@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ebpf_svc.bench import compare, goals, plots, report
-from ebpf_svc.bench.document import Table, markdown
+from ebpf_svc.bench.document import Heading, Table, markdown
 from ebpf_svc.bench.figures import Comparison, Figure, Variant
 from ebpf_svc.bench.record import Record
 from ebpf_svc.bench.svg import nice_step
@@ -91,6 +91,16 @@ def test_goals_are_told_beside_a_tracked_direct_request_too(tmp_path: Path) -> N
     run = _written(comparison, tmp_path / "path.json")
     heads = [each.head for each in report.blocks([("path", run)]) if isinstance(each, Table)]
     assert heads[1][3:5] == ["to direct", "to direct, tracked"]
+
+
+def test_goals_are_not_judged_where_programs_are_interpreted(tmp_path: Path) -> None:
+    """A kernel without a compiler of programs says nothing about how fast they are elsewhere."""
+    comparison = _comparison(0.9)
+    for jit, judged in (("1", True), ("", False), ("0", False)):
+        comparison.environment["jit"] = jit
+        run = _written(comparison, tmp_path / "path.json")
+        titles = [each.text for each in report.blocks([("path", run)]) if isinstance(each, Heading)]
+        assert ("Goals" in titles) == judged
 
 
 def test_growth_with_services_is_a_goal_missed() -> None:
