@@ -83,6 +83,7 @@ GAPS: dict[tuple[str, str], str] = {
         "test_agent_killed_and_restarted_under_load_without_a_failed_request",
     ): _WITH_AGENT,
     ("userspace", "test_open_connections_outlive_agent_and_endpoint"): _WITH_AGENT,
+    ("userspace", "test_udp_flows_outlive_a_restart_of_the_agent"): _WITH_AGENT,
     ("userspace", "test_agent_killed_at_any_point_of_its_applies_under_load"): _WITH_AGENT,
     (
         "userspace",

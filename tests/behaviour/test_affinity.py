@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import pytest
 
+from ebpf_svc.model.net import Protocol
+from ebpf_svc.testbed.host import Pod
 from tests.behaviour.conftest import Publish
-from tests.lib.manifests import Web
+from tests.lib.manifests import Endpoint, Web
 from tests.lib.probing import (
     BALANCER,
     CLUSTER_IP,
@@ -16,6 +20,7 @@ from tests.lib.probing import (
     KINDS,
     LOCALHOST,
     NODE_PORT_1,
+    NODE_PORT_2,
     Row,
     assert_held,
     table,
@@ -82,6 +87,39 @@ def test_clients_spread_over_the_pods(world: World, publish: Publish) -> None:
     }
 
 
+@dataclass(frozen=True)
+class PartedWeb(Web):
+    """A service whose UDP port is served by its last endpoint, and its TCP port by the others."""
+
+    def manifests(self, endpoints: Sequence[Endpoint | Pod]) -> list[dict[str, Any]]:
+        service, *whole = super().manifests(endpoints)
+        parts = []
+        for number, one in enumerate((*whole, *whole)):
+            is_udp = number >= len(whole)
+            protocol = Protocol.UDP if is_udp else Protocol.TCP
+            parts.append({
+                **one,
+                "metadata": {**one["metadata"], "name": f"{self.name}-{number}"},
+                "ports": [port for port in one["ports"] if port["protocol"] == protocol.value],
+                "endpoints": one["endpoints"][-1:] if is_udp else one["endpoints"][:-1],
+            })  # fmt: skip
+        return [service, *parts]
+
+
+def test_service_ports_remember_clients_each_for_itself(world: World) -> None:
+    """What a client has on one port neither decides nor ends what it has on another (P13)."""
+    web = PartedWeb(world.new_web().number, affinity_s=60)
+    world.publish(web, world.webs)
+    try:
+        first = _ask(world, web)
+        for _ in range(4):
+            assert _ask(world, web, count=2) == first
+        for (_, _, protocol), servers in first.items():
+            assert servers <= ({"web3"} if protocol == "UDP" else {"web1", "web2"})
+    finally:
+        world.withdraw(web)
+
+
 def test_each_request_renews_affinity_and_silence_ends_it(world: World, publish: Publish) -> None:
     """The timeout slides; once it has passed without a request the client may be moved (P13)."""
     web = publish(affinity_s=TIMEOUT_S)
@@ -103,6 +141,33 @@ def test_affinity_to_a_pod_that_left_ends(world: World, publish: Publish) -> Non
     assert all(len(servers) == 1 for servers in moved.values())
     assert {server for servers in moved.values() for server in servers} <= {"web2", "web3"}
     assert _ask(world, web) == moved
+
+
+def test_affinity_to_a_pod_that_terminates_ends_at_the_next_connection(
+    world: World, publish: Publish
+) -> None:
+    """A pod on its way out serves what is open; affinity brings it no new connection (P13, T2)."""
+    web = publish([world.web1, world.web3], affinity_s=60)
+    assert {server for servers in _ask(world, web).values() for server in servers} == {
+        "web1",
+        "web3",
+    }
+    leaving = Endpoint(world.web1, ready=False, serving=True, terminating=True)
+    world.publish(web, [leaving, world.web3])
+    assert set().union(*_ask(world, web, count=2).values()) == {"web3"}
+
+
+def test_client_keeps_its_pod_through_either_node(
+    world: World, publish: Publish, programs: None
+) -> None:
+    """Maglev and affinity: a node knows nothing of another's clients, and finds the same pod."""
+    client = world.cluster.client
+    for _ in range(4):
+        web = publish(affinity_s=60)
+        rows = table(world, web, askers=[client], kinds=[NODE_PORT_1, NODE_PORT_2], count=4)
+        assert_held(rows)
+        # Whatever port it comes from: the address alone is looked at.
+        assert all(len(servers) == 1 for servers in _by_client(rows).values())
 
 
 def test_affinity_survives_a_restart_of_the_agent(world: World, publish: Publish) -> None:

@@ -209,6 +209,20 @@ def test_udp_flow_stays_with_its_backend_and_moves_on_when_it_goes(
         )
 
 
+def test_udp_flows_outlive_a_restart_of_the_agent(world: World, publish: Publish) -> None:
+    """Whoever starts lets flows of endpoints that are still there alone (C2, C7)."""
+    web = publish()
+    with ExitStack() as stack:
+        flows = _udp_flows(world, web, stack, connected=False)
+        first = {name: flow.ping().server for name, flow in flows.items()}
+        assert set(first.values()) <= {"web1", "web2", "web3"}
+        for agent in world.agents:
+            agent.kill()
+        for agent in world.agents:
+            agent.start()
+        assert {name: flow.ping().server for name, flow in flows.items()} == first
+
+
 def test_udp_flow_to_a_draining_endpoint_stays(world: World, publish: Publish) -> None:
     """A terminating pod that still serves keeps its UDP flows and gets no new ones (C5)."""
     web = publish([world.web1])

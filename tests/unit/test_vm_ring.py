@@ -64,6 +64,8 @@ def test_emulated_kernels_are_asked_what_processes_cannot_tell() -> None:
         *[("6.12-um", "behaviour-ipvs"), ("6.12-um", "packet"), ("6.12-um", "smoke")],
         ("6.12-um", "switch-ipvs"),
     ]
+    loading = [job.kernel for job in suite.jobs(NAMES) if "test_modules" in str(job.command)]
+    assert loading == ["6.12"]  # of modules: processes have none
 
 
 def test_every_variant_is_tried_on_every_kernel_as_a_process() -> None:

@@ -31,6 +31,8 @@ PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
 """Of the packet ring, what machine code and type information (BTF) can matter to: emulated kernels
 are asked no more.
 """
+MODULES_ON = "6.12"
+"""Where it is asked which modules every mode loads: kernels as processes have none to load."""
 EXPLAINED_ON = "5.10-um"
 EXPLAIN = ("--ignore-glob", "*/test_explain*.py")
 """Half the time of the packet ring. What of it depends on the kernel shows on the oldest one, and
@@ -100,7 +102,8 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
             chosen = [word for variant in VARIANTS for word in ("--dataplane", variant)]
             made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
         else:
-            modules = [f"tests/packet/{module}.py" for module in PROGRAMS]
+            chosen = (*PROGRAMS, "test_modules") if name == MODULES_ON else PROGRAMS
+            modules = [f"tests/packet/{module}.py" for module in chosen]
             made.append(Job(name, "programs", (*PYTEST, *modules, *_LIGHT)))
     order = ("behaviour", "switch", "requests", "programs", "packet", "smoke")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
