@@ -29,6 +29,10 @@ JITTER = 0.25
 FAILURES_LOGGED = 5
 """Service ports named in the line of a sync that failed in part; the status file has them all."""
 
+READ_BACK_SHARE = 0.1
+"""Of the time, that reading back may take: what is slow to read is read less often, so that changes
+seldom wait for it."""
+
 log = get_logger(__name__)
 
 
@@ -242,7 +246,10 @@ class SyncLoop:
         self._not_before = ended + self._settings.min_sync_period_s
         self._in_doubt = False
         if resync or not self._ready:
-            self._resync_at = ended + self._settings.resync_period_s
+            # What the first sync or a repair wrote is no reason to look less often.
+            read_back_s = 0.0 if report.writes else ended - planned
+            rest_s = read_back_s * (1 / READ_BACK_SHARE - 1)
+            self._resync_at = ended + max(self._settings.resync_period_s, rest_s)
         self._log_report(desired, report, resync=resync, took_ms=took_ms)
         self._status.synced(
             desired, problems=snapshot.problems, failed=report.failed, took_ms=took_ms

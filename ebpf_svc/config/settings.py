@@ -184,7 +184,8 @@ class Settings(Section):
     families, where tenants must not draw traffic to themselves (CVE-2020-8554).
     """
     resync_period_s: Seconds = Field(default=30.0, gt=0)
-    """How often the kernel is read back and drift repaired."""
+    """How often the kernel is read back and drift repaired; less often where that would take more
+    than a tenth of the time, as with a hundred thousand services in ipvs mode."""
     min_sync_period_s: Seconds = Field(default=0.002, ge=0)
     """Shortest pause between the end of one apply and the start of the next (R2): a rollout becomes
     few writes. At most `resync_period_s`.

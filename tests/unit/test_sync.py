@@ -320,6 +320,22 @@ def test_kernel_is_read_back_every_period(rig: Rig) -> None:
     ]
 
 
+def test_read_backs_take_a_tenth_of_the_time_at_most(rig: Rig) -> None:
+    """What takes seven seconds to read is read after 63 more; the first sync, which writes, and one
+    that repairs are no measure of that.
+    """
+    rig.settings = rig.settings.model_copy(update={"resync_period_s": 30.0})
+    rig.dataplane.took_s = 7.0
+    rig.dataplane.answer = lambda nth: ApplyReport(writes=5 if nth in (1, 3) else 0)
+    rig.store.change()
+    assert rig.run(until_s=190) == [
+        (0.0, 1, False),
+        (37.0, 1, True),
+        (107.0, 1, True),
+        (144.0, 1, True),
+    ]
+
+
 def test_failure_during_a_read_back_keeps_the_back_off(rig: Rig) -> None:
     """A resync that breaks is retried with pauses, not in a tight loop."""
 
