@@ -13,6 +13,7 @@ import ipaddress
 import platform
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.errors import ApplyError, CommandError, DataplaneError, UnsupportedHost
 from ebpf_svc.host import dummy, ipvs, sysctl
 from ebpf_svc.host.command import run
-from ebpf_svc.host.ipvs import ServerKey
+from ebpf_svc.host.ipvs import RealServer, ServerKey
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.model.desired import (
     DesiredState,
@@ -53,6 +54,12 @@ _REUSE_MENDED = (5, 9)
 """From this kernel on a client's port that is used again goes to another real server unharmed."""
 _STRICT_ARP = {"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"}
 
+SLOW_LOOK_S = 1.0
+"""A look at all real servers that takes longer is left to the read-backs, and who asks how many
+connections there are is told what the last one saw: the kernel begins its list anew for each page,
+so that ten times the services take a hundred times as long.
+"""
+
 _FAILURES = "kubeproxy_sync_proxy_rules_iptables_restore_failures_total"
 
 
@@ -73,6 +80,8 @@ class _Running:
     """What is found stems from a run before us, so differences are no damage."""
     in_doubt: bool = True
     """The ledger may be wrong: read the kernel before the next change."""
+    counted: FlowCounts | None = None
+    """As of the last look, where a look is slow."""
 
 
 class IpvsDataplane:
@@ -214,13 +223,20 @@ class IpvsDataplane:
             yield Series(_FAILURES, {"ip_family": family.label}, count)
 
     def flow_counts(self) -> FlowCounts:
-        """Connections the kernel knows of, by service port; none while not open."""
+        """Connections the kernel knows of, by service port; none while not open.
+
+        Where looking is slow they are those of the last look, and nobody waits for one.
+        """
+        running = self._running
+        if running is not None and running.counted is not None:
+            return running.counted
         with self._lock:
             running = self._running
             if running is None:
                 return FlowCounts({}, {})
+            began = time.monotonic()
             reals = running.kernel.real_servers(running.ledger.servers)
-            return readback.flow_counts(running.written.values(), reals)
+            return _count(running, running.written, reals, began)
 
     def retire(self) -> bool:
         """Give all real servers weight 0; True once none has a connection left (V11)."""
@@ -315,7 +331,9 @@ class IpvsDataplane:
         keys = list(differences(running.written, desired.plans))
         kernel = running.kernel
         kernel.prepare(running.families)
+        began = time.monotonic()
         found = kernel.read(running.families)
+        _count(running, desired.plans, found.reals, began)
         running.elsewhere = found.elsewhere
         wanted = Ledger()
         for plan in desired.plans.values():
@@ -406,6 +424,19 @@ class IpvsDataplane:
             kernel.remove_sets(families)
         finally:
             kernel.close()
+
+
+def _count(
+    running: _Running,
+    plans: Mapping[PlanKey, ServicePlan],
+    reals: Mapping[ServerKey, list[RealServer]],
+    began_s: float,
+) -> FlowCounts:
+    """Connections by service port; kept if looking took long."""
+    is_slow = time.monotonic() - began_s > SLOW_LOOK_S
+    counts = readback.flow_counts(plans.values(), reals)
+    running.counted = counts if is_slow else None
+    return counts
 
 
 def _health(checks: tuple[HealthCheck, ...]) -> Share:

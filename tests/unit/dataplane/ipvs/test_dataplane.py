@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ebpf_svc.config import Settings
 from ebpf_svc.config.ipvs import IpvsSettings
+from ebpf_svc.dataplane.ipvs import dataplane
 from ebpf_svc.host.ipvs import PERSISTENT, Dest, ServerKey, Shape
 from ebpf_svc.model.desired import DesiredState, FrontendKind, ServicePlan
 from ebpf_svc.model.net import Protocol, Sources
@@ -250,6 +251,21 @@ def test_connections_are_counted_by_service_port(machine: Machine) -> None:
     assert made.flow_counts().by_port == {make_plan().key: 3}
     made.close()
     assert made.flow_counts().by_port == {}
+
+
+def test_connections_are_those_of_the_last_look_where_looking_is_slow(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a hundred thousand services no metrics request waits for the kernel's list."""
+    monkeypatch.setattr(dataplane, "SLOW_LOOK_S", -1.0)
+    made = make()
+    made.apply(state(make_plan()))
+    machine.connections[WEB, FIRST] = 2
+    made.apply(state(make_plan()), resync=True)
+    machine.connections[WEB, FIRST] = 5
+    assert made.flow_counts().by_port == {make_plan().key: 2}
+    made.apply(state(make_plan()), resync=True)
+    assert made.flow_counts().by_port == {make_plan().key: 5}
 
 
 def test_retired_dataplane_waits_for_its_connections(machine: Machine) -> None:
