@@ -20,7 +20,7 @@ from ebpf_svc.testbed import addressing
 from ebpf_svc.testbed.agent import Agent, AgentError
 from ebpf_svc.testbed.host import Node
 
-PROGRAMMED_S = 600.0
+PROGRAMMED_S = 1_200.0
 _POLL_S = 0.02
 _STOP_S = 10.0
 _METRICS_URL = "http://127.0.0.1:10249/metrics"
