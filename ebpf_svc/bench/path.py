@@ -46,6 +46,10 @@ INTERPRETED = (
     "This kernel interprets eBPF programs, which others compile to machine code: what uses them is "
     "slower here than elsewhere. Ratios hold for this kernel alone."
 )
+UNACCOUNTED = (
+    "This kernel keeps no exact account of CPU time: rates are what a CPU would do if every "
+    "exchange took as long as the median one."
+)
 _START_MS = 30
 
 
@@ -216,6 +220,8 @@ class _Run:
         notes, environment = self.comparison.notes, self.comparison.environment
         if interprets_programs(environment):
             notes.append(INTERPRETED)
+        if not generator.accounts_exactly():
+            notes.append(UNACCOUNTED)
         environment["cpu_share"] = round(self.cpu_ns / self.elapsed_ns, 3)
         environment["generator_share"] = round(self.user_ns / self.cpu_ns, 3)
         if environment["cpu_share"] < BUSY_SHARE:

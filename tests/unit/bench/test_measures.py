@@ -90,3 +90,17 @@ def test_failed_exchanges_are_no_figure(done: int, errors: int) -> None:
     said = {"done": done, "errors": errors}
     with pytest.raises(GeneratorError):
         generator.outcome(said, 0)
+
+
+@pytest.mark.parametrize(
+    ("others_ns", "p50_ns", "cpu_ns"), [(30, 7, 80), (None, 7, 70), (None, 0, 200)]
+)
+def test_median_exchange_stands_for_cpu_time_nobody_counts(
+    others_ns: int | None, p50_ns: int, cpu_ns: int
+) -> None:
+    """A kernel that runs as a process counts in ticks, and a sample would come to none; what is
+    streamed has no exchanges, only time that passed.
+    """
+    said = {"done": 10, "errors": 0, "bytes": 0, "elapsed_ns": 200, "cpu_ns": 50, "user_ns": 0}
+    said |= {"p50_ns": p50_ns, "p99_ns": 9, "p999_ns": 20}
+    assert generator.outcome({**said, "histogram": []}, others_ns).cpu_ns == cpu_ns
