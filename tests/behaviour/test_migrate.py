@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pyroute2.ipset import IPSet
 
-from ebpf_svc.dataplane.ipvs.rules import removal
+from ebpf_svc.dataplane.ipvs.ruleset import removal
 from ebpf_svc.dataplane.ipvs.sets import SPECS
 from ebpf_svc.errors import CommandError, UnsupportedHost
 from ebpf_svc.host import ipvs

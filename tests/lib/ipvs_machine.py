@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ebpf_svc.config import Settings
-from ebpf_svc.dataplane.ipvs import check, dataplane, kernel
+from ebpf_svc.dataplane.ipvs import check, dataplane, kernel, tuning
 from ebpf_svc.dataplane.ipvs.dataplane import IpvsDataplane
 from ebpf_svc.host.dummy import Held as HeldAddress
 from ebpf_svc.host.ipset import Entry, Held, Spec
@@ -42,6 +42,8 @@ class Machine:
         self.sets: dict[str, Held] = {}
         self.addresses: dict[str, int] = {ELSEWHERE: 2}
         self.has_device = self.has_rules = False
+        self.asked: frozenset[str] = frozenset()
+        """Sets that rules ask."""
         self.refuses: set[ServerKey] = set()
         """Virtual servers the kernel does not take."""
         self.forgotten: list[tuple[ServerKey, bool]] = []
@@ -167,6 +169,7 @@ class MemorySets:
         answers: Answers = []
         for spec, entry in entries:
             self.machine.told["entries"] += 1
+            assert spec.name in self.machine.asked  # else it would be open for a moment
             self.machine.sets[spec.name].entries.add(entry)
             answers.append(None)
         return answers
@@ -223,17 +226,24 @@ class MemoryAddresses:
 
 
 class MemoryFirewall:
-    """Stands for `firewall.Firewall`: rules are there, or are not."""
+    """Stands for `firewall.Firewall`: rules ask some sets, or are not there at all."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.failure_counts = dict.fromkeys(Family, 0)
 
-    def apply(self) -> tuple[int, tuple[str, ...]]:
-        if self.machine.has_rules:
-            return 0, ()
+    def apply(self, occupied: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+        found = () if self.machine.has_rules else ("rules were missing",)
         self.machine.has_rules = True
-        return 1, ("rules were missing",)
+        return self.follow(occupied) + len(found), found
+
+    def follow(self, occupied: frozenset[str]) -> int:
+        held = {name for name, each in self.machine.sets.items() if each.entries}
+        assert held <= occupied  # else what is in the others would be treated like a stranger
+        if occupied == self.machine.asked:
+            return 0
+        self.machine.asked = occupied
+        return 1
 
 
 class _Variant:
@@ -277,7 +287,7 @@ def live_in(machine: Machine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dataplane, "dummy", addresses)
     patch.setattr(dataplane.ipvs, "try_scheduler", lambda scheduler: "")
     patch.setattr(dataplane, "run", lambda argv: "")
-    patch.setattr(dataplane.sysctl, "write", lambda name, value: False)
+    patch.setattr(tuning.sysctl, "write", lambda name, value: False)
     patch.setattr(dataplane, "Firewall", lambda settings, families: MemoryFirewall(machine))
     patch.setattr(dataplane.flows, "forget", forget)
     patch.setattr(dataplane.flows, "end_sockets", machine.ended.update)

@@ -7,9 +7,10 @@ from contextlib import closing
 
 import pytest
 
-from ebpf_svc.dataplane.ipvs import rules, sets
+from ebpf_svc.dataplane.ipvs import ruleset, sets
 from ebpf_svc.dataplane.ipvs.render import Options, render
-from ebpf_svc.dataplane.ipvs.rules import RuleOptions, difference, removal
+from ebpf_svc.dataplane.ipvs.rules import RuleOptions
+from ebpf_svc.dataplane.ipvs.ruleset import difference, removal
 from ebpf_svc.dataplane.netfilter.pods import PodMatch
 from ebpf_svc.host import dummy, ipset, rtnetlink
 from ebpf_svc.host.ipset import ERR_BUSY, Entry, Sets, Spec
@@ -107,12 +108,12 @@ def test_rules_come_back_as_they_were_written(held: Sets, pods: str) -> None:
         options = RuleOptions(variant.family, PodMatch(prefix=prefix) if prefix else None)
         variant.restore(difference(options, variant.save()).text)
         assert difference(options, variant.save()).text == ""
-        assert rules.is_ours(variant.save())
+        assert ruleset.is_ours(variant.save())
         used = held.destroy([sets.name_of(sets.CLUSTER_IP, variant.family)])
         assert [one.errno for one in used if one] == [ERR_BUSY]
         for marker in (False, True):
             variant.restore(removal(variant.save(), marker=marker))
-        assert not rules.is_ours(variant.save())
+        assert not ruleset.is_ours(variant.save())
         assert not any(
             chain.startswith("KUBE-") for table in variant.save().values() for chain in table.chains
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import Check
-from ebpf_svc.dataplane.ipvs import rules, sets
+from ebpf_svc.dataplane.ipvs import rules, ruleset, sets
 from ebpf_svc.dataplane.netfilter import tools
 from ebpf_svc.errors import CommandError
 from ebpf_svc.host import dummy, ipset, ipvs, sysctl
@@ -117,7 +117,7 @@ def _refused(settings: Settings, family: Family) -> str:
         )
         for spec in sets.specs_of(family)
     )
-    text = rules.difference(options, {}).text
+    text = ruleset.difference(options, {}).text
     variant = tools.choose([family])[family]
     script = f"ipset restore <<'END'\n{made}\nEND\n{variant}-restore <<'END'\n{text}END\n"
     try:

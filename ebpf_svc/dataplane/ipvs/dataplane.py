@@ -10,8 +10,6 @@ takes away those whose connections have ended (V11).
 from __future__ import annotations
 
 import ipaddress
-import platform
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,14 +19,14 @@ from dataclasses import dataclass, field
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Support
 from ebpf_svc.dataplane.inspect import FlowCounts, KernelPart, Series
-from ebpf_svc.dataplane.ipvs import check, firewall, flows, readback, render, state
+from ebpf_svc.dataplane.ipvs import check, firewall, flows, readback, render, state, tuning
 from ebpf_svc.dataplane.ipvs.firewall import Firewall
 from ebpf_svc.dataplane.ipvs.kernel import Kernel, Refused
 from ebpf_svc.dataplane.ipvs.render import NOTHING, Options, Share
 from ebpf_svc.dataplane.ipvs.state import Found, Ledger
 from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.errors import ApplyError, CommandError, DataplaneError, UnsupportedHost
-from ebpf_svc.host import dummy, ipvs, sysctl
+from ebpf_svc.host import dummy, ipvs
 from ebpf_svc.host.command import run
 from ebpf_svc.host.ipvs import RealServer, ServerKey
 from ebpf_svc.host.kubeproxy import LINK
@@ -42,17 +40,6 @@ from ebpf_svc.model.desired import (
 )
 from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
-
-_SYSCTLS = {
-    "net/ipv4/vs/conntrack": "1",
-    "net/ipv4/vs/expire_nodest_conn": "1",
-    "net/ipv4/vs/expire_quiescent_template": "1",
-    "net/ipv4/ip_forward": "1",
-}
-_REUSE_MODE = "net/ipv4/vs/conn_reuse_mode"
-_REUSE_MENDED = (5, 9)
-"""From this kernel on a client's port that is used again goes to another real server unharmed."""
-_STRICT_ARP = {"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"}
 
 SLOW_LOOK_S = 1.0
 """A look at all real servers that takes longer is left to the read-backs, and who asks how many
@@ -130,33 +117,11 @@ class IpvsDataplane:
         kernel = Kernel()
         try:
             kernel.prepare(families)
-            self._set_up(kernel)
+            tuning.set_up(settings.ipvs, kernel)
         except BaseException:
             kernel.close()
             raise
         return _Running(kernel, families, Firewall(settings, families), StaleFlows(families))
-
-    def _set_up(self, kernel: Kernel) -> None:
-        """Settings of the kernel (V2, V3); raises DataplaneError."""
-        wanted = dict(_SYSCTLS)
-        major, minor, *_ = (int(part) for part in re.findall(r"\d+", platform.release()))
-        if (major, minor) < _REUSE_MENDED:
-            wanted[_REUSE_MODE] = "0"
-        ipvs_settings = self._settings.ipvs
-        if ipvs_settings.strict_arp:
-            wanted |= _STRICT_ARP
-        for name, value in wanted.items():
-            try:
-                sysctl.write(name, value)
-            except OSError as error:
-                dotted = name.replace("/", ".")
-                raise DataplaneError(f"{dotted} = {value}: {error.strerror}") from error
-        timeouts = (
-            *(ipvs_settings.tcp_timeout_s, ipvs_settings.tcp_fin_timeout_s),
-            ipvs_settings.udp_timeout_s,
-        )
-        if any(timeouts):
-            kernel.set_timeouts(*timeouts)
 
     def apply(self, desired: DesiredState, *, resync: bool = False) -> ApplyReport:
         """Write the difference to what was applied last; raises DataplaneError."""
@@ -319,12 +284,19 @@ class IpvsDataplane:
         change = state.change(running.ledger, pairs)
         counted = tuple(dict.fromkeys(key for key, _ in change.leaving))
         change.settle_leaving(running.kernel.connection_counts(counted))
+        running.in_doubt = True  # until all of it is done
+        before = running.ledger.occupied
+        filling = {name for name, _ in change.steps.add_entries}
+        # What is to be looked at is, before anything leads there, and until nothing does.
+        rule_count = running.firewall.follow(before | filling)
         refused = running.kernel.take(change.steps)
         change.commit(running.ledger)
+        rule_count += running.firewall.follow(running.ledger.occupied)
+        running.in_doubt = False
         changed = sum(old != new for old, new in pairs)
-        details = change.steps.counts()
+        details = {**change.steps.counts(), "rules": rule_count}
         failed = self._failed(desired, refused)
-        return ApplyReport(change.steps.count, changed, failed, details=details)
+        return ApplyReport(change.steps.count + rule_count, changed, failed, details=details)
 
     def _apply_all(self, running: _Running, desired: DesiredState) -> ApplyReport:
         """Read the kernel and write whatever differs."""
@@ -344,8 +316,9 @@ class IpvsDataplane:
         damages: list[str] = []
         if not running.adopting and not running.in_doubt and not keys:
             damages = state.damages(steps, running.ledger)
+        rule_count, rules_found = running.firewall.apply(wanted.occupied | found.occupied)
         refused = kernel.take(steps)
-        rule_count, rules_found = running.firewall.apply()
+        rule_count += running.firewall.follow(wanted.occupied)
         if not running.adopting:
             damages += rules_found
         running.ledger = wanted

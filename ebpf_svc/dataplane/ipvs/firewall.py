@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.inspect import KernelPart
-from ebpf_svc.dataplane.ipvs import rules
+from ebpf_svc.dataplane.ipvs import rules, ruleset, sets
 from ebpf_svc.dataplane.ipvs.rules import RuleOptions
 from ebpf_svc.dataplane.netfilter import tools
 from ebpf_svc.errors import CommandError
@@ -28,27 +28,60 @@ class Firewall:
             variant: RuleOptions.from_settings(settings, family)
             for family, variant in chosen.items()
         }
-        self._wording: dict[Variant, rules.Wording] = {}
+        self._wording: dict[Variant, dict[tuple[str, str, ruleset.Rules], ruleset.Rules]] = {}
+        self._about: dict[Variant, frozenset[str]] = {}
+        """The sets that rules were last written for."""
         self.failure_counts = dict.fromkeys(chosen, 0)
         """Times the tool refused, by family."""
 
-    def apply(self) -> tuple[int, tuple[str, ...]]:
-        """Write what is missing or changed; returns how many rules, and what was amiss in words.
+    def follow(self, occupied: frozenset[str]) -> int:
+        """Write the rules of families whose occupied sets are others than last time.
+
+        Args:
+            occupied: the sets that have elements, of all families.
+
+        Returns:
+            How many rules were written.
+
+        Raises:
+            CommandError: a tool of the host failed.
+        """
+        return sum(
+            self._write(variant, about).count
+            for variant, about in self._parted(occupied)
+            if self._about.get(variant) != about
+        )
+
+    def apply(self, occupied: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+        """Read all rules back and write what is missing or changed; arguments as of `follow`.
+
+        Returns:
+            How many rules were written, and what somebody had done to them, in words.
 
         Raises:
             CommandError: a tool of the host failed.
         """
         count = 0
         found: list[str] = []
-        for variant, options in self._options.items():
-            wording = self._wording.get(variant, {})
-            changes = rules.difference(options, variant.save(), wording)
-            if changes.text:
-                self._restore(variant, changes.text)
-                self._wording[variant] = rules.wording_of(options, variant.save())
+        for variant, about in self._parted(occupied):
+            is_as_left = self._about.get(variant) == about
+            changes = self._write(variant, about)
             count += changes.count
-            found += changes.found
+            found += changes.found if is_as_left else ()
         return count, tuple(found)
+
+    def _parted(self, occupied: frozenset[str]) -> Iterator[tuple[Variant, frozenset[str]]]:
+        for variant in self._options:
+            yield variant, occupied & sets.names_of(variant.family)
+
+    def _write(self, variant: Variant, about: frozenset[str]) -> ruleset.Changes:
+        options, wording = self._options[variant], self._wording.setdefault(variant, {})
+        changes = ruleset.difference(options, variant.save(), about, wording)
+        if changes.text:
+            self._restore(variant, changes.text)
+            wording.update(ruleset.wording_of(options, variant.save(), about))
+        self._about[variant] = about
+        return changes
 
     def _restore(self, variant: Variant, text: str) -> None:
         try:
@@ -61,13 +94,13 @@ class Firewall:
 def ours() -> Iterator[tuple[Variant, Mapping[str, Table]]]:
     """Where rules of this mode and of our agent stand."""
     for variant in iptables.variants(tuple(Family)):
-        if rules.is_ours(variant.save(rules.NAT)):
+        if ruleset.is_ours(variant.save(rules.NAT)):
             yield variant, variant.save()
 
 
 def remove(variant: Variant, *, marker: bool) -> None:
     """Remove our chains, or once they are gone the sign that they are ours; raises CommandError."""
-    text = rules.removal(variant.save(), marker=marker)
+    text = ruleset.removal(variant.save(), marker=marker)
     if text:
         variant.restore(text)
     if marker:

@@ -1,23 +1,23 @@
-"""The iptables rules of ipvs mode: a few, always the same, in the words of iptables-save. Pure.
+"""The iptables rules of ipvs mode: a few, in the words of iptables-save. Pure.
 
-Sets say what a destination is, so services come and go without a rule being written (V14-V16).
-Where these differ from kube-proxy's: rules for sets that are empty stand as well; packets that open
-nothing leave the access filter at once; with policy Local the node's own packets are masqueraded,
-as in the other modes, since their source is the VIP, to which no other node can answer; and what
-the node itself sends to a VIP with source ranges is checked in table mangle, before IPVS translates
-it.
+Sets say what a destination is, so services come and go without a rule being written (V14-V16); only
+the first of its kind brings rules about its set, and the last takes them away.
+Where these differ from kube-proxy's: packets that open nothing leave the access filter at once;
+with policy Local the node's own packets are masqueraded, as in the other modes, since their source
+is the VIP, to which no other node can answer; and what the node itself sends to a VIP with source
+ranges is checked in table mangle, before IPVS translates it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.ipvs import sets
 from ebpf_svc.dataplane.ipvs.sets import name_of
 from ebpf_svc.dataplane.netfilter.pods import PodMatch, pod_match
-from ebpf_svc.host.iptables import Table
 from ebpf_svc.host.kubeproxy import IPVS_CHAIN, MARKER
 from ebpf_svc.model.net import Family, Protocol
 
@@ -55,8 +55,12 @@ OURS = {
     FILTER: (FORWARD, NODE_PORT, FIREWALL, RANGES, IPVS_FILTER),
 }
 """Chains of ours by table, beside the sign that they are ours."""
-Wording = Mapping[tuple[str, str], tuple[str, ...]]
-"""(table, chain) -> its rules as the host's tool prints them."""
+Contents = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Table -> chain -> rules, each starting with the chain's name."""
+ALL = frozenset(sets.SPECS)
+"""Every set's name."""
+SET = re.compile(r"--match-set (\S+)")
+"""The sets a rule asks, in its words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,15 @@ class RuleOptions:
         )  # fmt: skip
 
 
-def jumps(table: str) -> tuple[str, ...]:
-    """Jumps from the kernel's own chains; each goes in front of what is there."""
-    return tuple(f"{chain} {_comment(why)} -j {to}" for chain, why, to in _JUMPS[table])
+def contents(options: RuleOptions, occupied: Collection[str] = ALL) -> Contents:
+    """Our chains; some may be empty.
 
-
-def contents(options: RuleOptions) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-    """Table -> chain -> rules, each starting with the chain's name."""
+    Args:
+        options: how rules look on this node.
+        occupied: the sets that have elements. Each packet would look in vain into the others.
+    """
+    is_guarded = name_of(sets.LOAD_BALANCER_FW, options.family) in occupied
+    ranges = _ranges(options) if is_guarded else ()
     rules = {
         NAT: {
             MARKER: (),
@@ -97,15 +103,32 @@ def contents(options: RuleOptions) -> Mapping[str, Mapping[str, tuple[str, ...]]
             FORWARD: _forward(options),
             NODE_PORT: (_match(options, sets.HEALTH_CHECK, "dst", "-j ACCEPT"),),
             FIREWALL: _firewall(options),
-            RANGES: _ranges(options),
+            RANGES: ranges,
             IPVS_FILTER: _ipvs_filter(options),
         },
-        MANGLE: {OUT_FILTER: _firewall(options), RANGES: _ranges(options)},
+        MANGLE: {OUT_FILTER: _firewall(options), RANGES: ranges},
     }
+    kept = {name_of(sets.CLUSTER_IP, options.family), *occupied}
+    return {table: _about(kept, chains) for table, chains in rules.items()}
+
+
+def _about(kept: set[str], chains: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+    """The rules of a table that ask these sets alone, and no chain that is left without a rule."""
+    asking = {
+        chain: [rule for rule in held if kept.issuperset(SET.findall(rule))]
+        for chain, held in chains.items()
+    }
+    empty = {chain for chain, held in asking.items() if not held}
     return {
-        table: {chain: tuple(f"{chain} {rule}" for rule in held) for chain, held in chains.items()}
-        for table, chains in rules.items()
+        chain: tuple(f"{chain} {rule}" for rule in held if rule.rpartition("-j ")[2] not in empty)
+        for chain, held in asking.items()
     }
+
+
+def jumps(table: str) -> Iterator[tuple[str, str]]:
+    """Jumps from the kernel's own chains, each to go in front of what is there, and to where."""
+    for chain, why, to in _JUMPS[table]:
+        yield f"{chain} {_comment(why)} -j {to}", to
 
 
 def _match(options: RuleOptions, short: str, directions: str, rest: str) -> str:
@@ -241,152 +264,3 @@ def _refuse(options: RuleOptions, short: str, directions: str) -> tuple[str, ...
 
 def _comment(text: str) -> str:
     return f'-m comment --comment "{text}"'
-
-
-# -- what to write ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What leads from the rules that were saved to ours."""
-
-    text: str
-    """Input of iptables-restore --noflush; empty when nothing is to change."""
-    count: int
-    """Rules and chains written."""
-    found: tuple[str, ...]
-    """What was missing or changed, in words."""
-
-
-def difference(
-    options: RuleOptions, tables: Mapping[str, Table], wording: Wording | None = None
-) -> Changes:
-    """Compare what is there with what should be; rules and chains of others are left alone.
-
-    Args:
-        options: how our rules look.
-        tables: as saved.
-        wording: how this host's tool words rules it was given; what is missing is worded as here.
-    """
-    lines: list[str] = []
-    found: list[str] = []
-    count = 0
-    worded = wording or {}
-    for name, chains in contents(options).items():
-        table = tables.get(name) or Table(name)
-        held = _by_chain(table)
-        filled = {
-            chain: rules
-            for chain, rules in chains.items()
-            if chain not in table.chains
-            or tuple(held.get(chain, ())) != worded.get((name, chain), rules)
-        }
-        absent = [rule for rule in jumps(name) if not _jumps(held, rule)]
-        if not filled and not absent:
-            continue
-        rules = [rule for written in filled.values() for rule in written]
-        lines += [f"*{name}", *(f":{chain} - [0:0]" for chain in filled)]
-        lines += [*(f"-A {rule}" for rule in rules), *(f"-I {rule}" for rule in absent), "COMMIT"]
-        count += len(filled) + len(rules) + len(absent)
-        where = f"{options.family.label} {name}"
-        found += (
-            f"{where}: chain {chain} was {'changed' if chain in table.chains else 'missing'}"
-            for chain in filled
-        )
-        found += (f"{where}: jump to {rule.split()[-1]} was missing" for rule in absent)
-    return Changes("\n".join([*lines, ""]) if lines else "", count, tuple(found))
-
-
-def wording_of(options: RuleOptions, tables: Mapping[str, Table]) -> Wording:
-    """How the host's tool words our chains, which were just written."""
-    held = {name: _by_chain(table) for name, table in tables.items()}
-    return {
-        (name, chain): tuple(held.get(name, {}).get(chain, ()))
-        for name, chains in contents(options).items()
-        for chain in chains
-    }
-
-
-def _jumps(held: Mapping[str, list[str]], rule: str) -> bool:
-    """Whether a jump is there, under whatever comment: only its ends tell it."""
-    chain, _, rest = rule.partition(" ")
-    end = rest[rest.rindex(" -j ") :]
-    return any(
-        each.endswith(end) and ("--comment" in each or each == chain + end)
-        for each in held.get(chain, ())
-    )
-
-
-def removal(tables: Mapping[str, Table], *, marker: bool) -> str:
-    """What takes our chains away with every jump to them, or in the end only the sign of them.
-
-    Chains whose names the iptables mode has as well are left where that mode serves by now.
-
-    Args:
-        tables: as saved.
-        marker: remove the sign that they are ours, not the chains themselves.
-    """
-    lines: list[str] = []
-    shared = _shared(tables)
-    for name, owned in OURS.items():
-        table = tables.get(name)
-        names = [MARKER] if marker and name == NAT else [] if marker else owned
-        chains = [
-            chain
-            for chain in names
-            if table and chain in table.chains and (name, chain) not in shared
-        ]
-        if table is None or not chains:
-            continue
-        lines.append(f"*{name}")
-        lines += (f":{chain} - [0:0]" for chain in chains)
-        lines += (
-            f"-D {rule.text}"
-            for rule in table.rules
-            if rule.target in chains and rule.chain not in chains
-        )
-        lines += (f"-X {chain}" for chain in chains)
-        lines.append("COMMIT")
-    return "\n".join([*lines, ""]) if lines else ""
-
-
-def is_ours(tables: Mapping[str, Table]) -> bool:
-    """Whether rules of this mode stand here, and are our agent's rather than kube-proxy's.
-
-    The sign alone is left where a removal was cut short.
-    """
-    nat = tables.get(NAT)
-    if nat is None or MARKER not in nat.chains:
-        return False
-    return NODE_PORT in nat.chains or not _is_iptables_mode(tables)
-
-
-def _is_iptables_mode(tables: Mapping[str, Table]) -> bool:
-    """Whether the iptables mode has its rules here, not only chains it left behind.
-
-    It alone has KUBE-NODEPORTS; the chain both begin with asks no sets then.
-    """
-    nat = tables.get(NAT)
-    return (
-        nat is not None
-        and "KUBE-NODEPORTS" in nat.chains
-        and not any(rule.chain == SERVICES and "--match-set" in rule.text for rule in nat.rules)
-    )
-
-
-def _shared(tables: Mapping[str, Table]) -> frozenset[tuple[str, str]]:
-    if not _is_iptables_mode(tables):
-        return frozenset()
-    return frozenset(
-        {
-            *((NAT, chain) for chain in (SERVICES, POSTROUTING, MARK_MASQ, MARKER)),
-            *((FILTER, chain) for chain in (FORWARD, FIREWALL)),
-        }
-    )
-
-
-def _by_chain(table: Table) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for rule in table.rules:
-        found.setdefault(rule.chain, []).append(rule.text)
-    return found

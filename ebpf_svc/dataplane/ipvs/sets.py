@@ -1,6 +1,6 @@
 """The ipsets of ipvs mode, by kube-proxy's names (V13). Pure.
 
-A packet's treatment follows from the sets its destination is in, so rules never change with
+A packet's treatment follows from the sets its destination is in, so rules seldom change with
 services. Unlike kube-proxy's, sets are made at the start and stay when empty, and a hash may hold a
 million entries: KUBE-LOOP-BACK has every endpoint, since a plan does not tell which are local.
 """
@@ -83,3 +83,8 @@ SPECS = {
 def specs_of(family: Family) -> list[Spec]:
     """The sets of a family."""
     return [SPECS[name_of(short, family)] for short in TYPES]
+
+
+def names_of(family: Family) -> frozenset[str]:
+    """The sets of a family by name."""
+    return frozenset(name_of(short, family) for short in TYPES)

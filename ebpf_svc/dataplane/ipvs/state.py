@@ -33,12 +33,22 @@ class Ledger:
     addresses: Counter[str] = field(default_factory=Counter)
     """Bound to kube-ipvs0 -> frontends that want it (test 60)."""
     entries: Counter[SetEntry] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Elements by set."""
 
     def add(self, share: Share) -> None:
         """Count one more service port in."""
         self.servers.update(share.servers)
         self.addresses.update(share.addresses)
-        self.entries.update(share.entries)
+        for item in share.entries:
+            self.entries[item] += 1
+            if self.entries[item] == 1:
+                self.sizes[item[0]] += 1
+
+    @property
+    def occupied(self) -> frozenset[str]:
+        """The sets that have elements."""
+        return frozenset(name for name, size in self.sizes.items() if size)
 
 
 @dataclass(slots=True)
@@ -64,6 +74,11 @@ class Found:
         return node_port in self._set(sets.NODE_PORT[key.protocol], family) or any(
             here in self._set(short, family) for short in sets.ADDRESS_KINDS
         )
+
+    @property
+    def occupied(self) -> frozenset[str]:
+        """The sets that have elements."""
+        return frozenset(name for name, entries in self.sets.items() if entries)
 
     def _set(self, short: str, family: Family) -> Collection[Entry]:
         return self.sets.get(sets.name_of(short, family), ())
@@ -141,6 +156,8 @@ class Change:
                 ledger.resting.setdefault(key, set()).add(dest)
         _shift(ledger.addresses, self.addresses)
         _shift(ledger.entries, self.entries)
+        ledger.sizes.update(name for name, _ in self.steps.add_entries)
+        ledger.sizes.subtract(name for name, _ in self.steps.remove_entries)
 
 
 def change(ledger: Ledger, shares: Iterable[tuple[Share, Share]]) -> Change:

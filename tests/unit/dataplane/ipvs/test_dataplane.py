@@ -228,6 +228,29 @@ def test_what_others_changed_is_repaired_and_told(machine: Machine) -> None:
     assert made.apply(desired, resync=True).repaired == ()
 
 
+def test_rules_come_with_the_first_of_a_kind_and_go_with_the_last(machine: Machine) -> None:
+    """Rules about sets that are empty would cost every packet a look; each write is one of rules,
+    however many services have the kind already.
+    """
+    made, plain = make(), make_plan()
+    guarded = [
+        make_plan(name, make_frontend(address, kind=FrontendKind.LOAD_BALANCER,
+                                      source_ranges=("192.0.2.0/24",)))
+        for name, address in (("a", "10.96.0.8"), ("b", "10.96.0.9"))
+    ]  # fmt: skip
+    made.apply(state(plain))
+    before = machine.asked
+    assert "KUBE-LOAD-BALANCER-FW" not in before
+    counts = []
+    for plans in ([plain, *guarded[:1]], [plain, *guarded], [plain, *guarded[:1]], [plain]):
+        counts.append(made.apply(state(*plans)).details["rules"])
+        assert ("KUBE-LOAD-BALANCER-FW" in machine.asked) == (len(plans) > 1)
+    assert counts == [1, 0, 0, 1]
+    assert machine.asked == before
+    made.close()
+    assert make().apply(state(plain)).writes == 0
+
+
 def test_refused_service_port_fails_alone_and_is_tried_again(machine: Machine) -> None:
     """What the kernel does not take is told by service port; the others are written."""
     made = make()

@@ -1,11 +1,12 @@
-"""The iptables rules of ipvs mode: always the same, told from those of others."""
+"""The iptables rules of ipvs mode: about sets that have elements, told from those of others."""
 
 from __future__ import annotations
 
 import pytest
 
-from ebpf_svc.dataplane.ipvs import rules
-from ebpf_svc.dataplane.ipvs.rules import FILTER, MANGLE, NAT, RuleOptions, difference, removal
+from ebpf_svc.dataplane.ipvs import rules, ruleset
+from ebpf_svc.dataplane.ipvs.rules import FILTER, MANGLE, NAT, RuleOptions
+from ebpf_svc.dataplane.ipvs.ruleset import difference, removal
 from ebpf_svc.dataplane.netfilter.pods import PodMatch
 from ebpf_svc.host.iptables import Table, parse
 from ebpf_svc.model.net import Family
@@ -31,7 +32,7 @@ def test_what_is_there_costs_nothing() -> None:
     first = difference(OPTIONS, {})
     assert first.count
     tables = saved(first.text, ":OTHER - [0:0]", "-A INPUT -j OTHER")
-    assert difference(OPTIONS, tables) == rules.Changes("", 0, ())
+    assert difference(OPTIONS, tables) == ruleset.Changes("", 0, ())
 
 
 def test_loopback_is_dismissed_first() -> None:
@@ -120,24 +121,63 @@ def test_wording_of_the_hosts_tool_is_accepted_once_it_is_known() -> None:
     text = difference(OPTIONS, {}).text.replace("--set-xmark 0x4000/0x4000", "--or-mark 0x4000")
     tables = saved(text)
     assert difference(OPTIONS, tables).count
-    assert difference(OPTIONS, tables, rules.wording_of(OPTIONS, tables)).count == 0
+    wording = ruleset.wording_of(OPTIONS, tables)
+    assert difference(OPTIONS, tables, wording=wording).count == 0
+
+
+FEW = {"KUBE-CLUSTER-IP", "KUBE-LOOP-BACK", "KUBE-IPVS-IPS"}
+"""Occupied by a service of type ClusterIP."""
+GUARDED = FEW | {"KUBE-LOAD-BALANCER", "KUBE-LOAD-BALANCER-FW", "KUBE-LOAD-BALANCER-SOURCE-CIDR"}
+
+
+def test_sets_without_elements_are_not_asked() -> None:
+    """Nor is there a jump to a chain that asks none, or a table for it."""
+    text = difference(OPTIONS, {}, FEW).text
+    assert set(rules.SET.findall(text)) == FEW
+    jumps = [line for line in text.splitlines() if line.startswith("-I ")]
+    for chain in ("KUBE-PROXY-FIREWALL", "KUBE-NODE-PORT"):
+        assert not any(line.endswith(chain) for line in jumps)
+    assert "-j KUBE-NODE-PORT" not in text
+    assert "*mangle" not in text
+    tables = saved(text)
+    assert difference(OPTIONS, tables, FEW) == ruleset.Changes("", 0, ())
+    # Ours all the same, and told from the iptables mode's, whatever is occupied.
+    assert ruleset.is_ours(saved(difference(OPTIONS, {}, ()).text))
+    assert "KUBE-CLUSTER-IP" in difference(OPTIONS, {}, ()).text
+
+
+def test_rules_follow_the_sets_that_have_elements() -> None:
+    """What leads from one to the other is what differs, and leads back."""
+    few = saved(difference(OPTIONS, {}, FEW).text)
+    more = difference(OPTIONS, few, GUARDED).text
+    assert "*mangle" in more
+    assert ":KUBE-POSTROUTING" not in more
+    guarded = saved(difference(OPTIONS, {}, GUARDED).text)
+    back = difference(OPTIONS, guarded, FEW).text
+    deleted = [line.split() for line in back.splitlines() if line.startswith("-D ")]
+    assert [(words[1], words[-1]) for words in deleted] == [
+        ("INPUT", "KUBE-PROXY-FIREWALL"),
+        ("FORWARD", "KUBE-PROXY-FIREWALL"),
+        ("OUTPUT", "KUBE-IPVS-OUT-FILTER"),
+    ]
+    assert set(rules.SET.findall(back)) <= FEW
 
 
 def test_removal_takes_ours_and_leaves_others() -> None:
     """Chains, jumps to them, and in the end the sign; nothing of others."""
     tables = saved(difference(OPTIONS, {}).text, ":OTHER - [0:0]", "-A INPUT -j OTHER")
-    assert rules.is_ours(tables)
+    assert ruleset.is_ours(tables)
     text = removal(tables, marker=False)
     assert "OTHER" not in text
     assert "EBPF-SVC" not in text
-    assert text.count("-D ") == sum(len(rules.jumps(table)) for table in rules.TABLES)
+    assert text.count("-D ") == sum(len([*rules.jumps(table)]) for table in rules.TABLES)
     assert removal(tables, marker=True) == "*nat\n:EBPF-SVC - [0:0]\n-X EBPF-SVC\nCOMMIT\n"
 
 
 def test_rules_of_a_kube_proxy_are_not_ours() -> None:
     """Without the sign they are somebody else's."""
     text = difference(OPTIONS, {}).text.replace(":EBPF-SVC - [0:0]\n", "")
-    assert not rules.is_ours(saved(text))
+    assert not ruleset.is_ours(saved(text))
 
 
 def test_chains_the_iptables_mode_has_too_stay_with_it() -> None:
@@ -151,14 +191,14 @@ def test_chains_the_iptables_mode_has_too_stay_with_it() -> None:
         assert f"-X {chain}\n" not in text
     assert removal(tables, marker=True) == ""
     del tables[NAT].chains["KUBE-NODE-PORT"]
-    assert not rules.is_ours(tables)
+    assert not ruleset.is_ours(tables)
 
 
 def test_chains_the_iptables_mode_left_keep_nothing() -> None:
     """A kube-proxy in iptables mode was here before: KUBE-SERVICES is ours now, and goes."""
     tables = saved(difference(OPTIONS, {}).text)
     tables[NAT].chains["KUBE-NODEPORTS"] = "-"
-    assert rules.is_ours(tables)
+    assert ruleset.is_ours(tables)
     text = removal(tables, marker=False)
     assert "-X KUBE-SERVICES\n" in text
     assert "KUBE-NODEPORTS" not in text
@@ -166,7 +206,8 @@ def test_chains_the_iptables_mode_left_keep_nothing() -> None:
 
 def test_packets_of_the_node_are_checked_before_ipvs_takes_them() -> None:
     """P10: in table mangle, whose OUTPUT comes before IPVS."""
-    (jump,) = rules.jumps(MANGLE)
+    ((jump, to),) = rules.jumps(MANGLE)
+    assert to == "KUBE-IPVS-OUT-FILTER"
     assert jump.startswith("OUTPUT ")
     assert rules.contents(OPTIONS)[MANGLE]["KUBE-IPVS-OUT-FILTER"] == (
         "KUBE-IPVS-OUT-FILTER -m set --match-set KUBE-LOAD-BALANCER-FW dst,dst "
