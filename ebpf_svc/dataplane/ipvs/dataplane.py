@@ -20,6 +20,7 @@ from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.base import ApplyReport, Support
 from ebpf_svc.dataplane.inspect import FlowCounts, KernelPart, Series
 from ebpf_svc.dataplane.ipvs import check, firewall, flows, readback, render, state, tuning
+from ebpf_svc.dataplane.ipvs.connections import Connections
 from ebpf_svc.dataplane.ipvs.firewall import Firewall
 from ebpf_svc.dataplane.ipvs.kernel import Kernel, Refused
 from ebpf_svc.dataplane.ipvs.render import NOTHING, Options, Share
@@ -28,7 +29,7 @@ from ebpf_svc.dataplane.netfilter.stale import StaleFlows
 from ebpf_svc.errors import ApplyError, CommandError, DataplaneError, UnsupportedHost
 from ebpf_svc.host import dummy, ipvs
 from ebpf_svc.host.command import run
-from ebpf_svc.host.ipvs import RealServer, ServerKey
+from ebpf_svc.host.ipvs import ServerKey
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.model.desired import (
     DesiredState,
@@ -40,12 +41,6 @@ from ebpf_svc.model.desired import (
 )
 from ebpf_svc.model.identity import differences
 from ebpf_svc.model.net import Family
-
-SLOW_LOOK_S = 1.0
-"""A look at all real servers that takes longer is left to the read-backs, and who asks how many
-connections there are is told what the last one saw: the kernel begins its list anew for each page,
-so that ten times the services take a hundred times as long.
-"""
 
 _FAILURES = "kubeproxy_sync_proxy_rules_iptables_restore_failures_total"
 
@@ -67,8 +62,7 @@ class _Running:
     """What is found stems from a run before us, so differences are no damage."""
     in_doubt: bool = True
     """The ledger may be wrong: read the kernel before the next change."""
-    counted: FlowCounts | None = None
-    """As of the last look, where a look is slow."""
+    connections: Connections = field(default_factory=Connections)
 
 
 class IpvsDataplane:
@@ -193,15 +187,15 @@ class IpvsDataplane:
         Where looking is slow they are those of the last look, and nobody waits for one.
         """
         running = self._running
-        if running is not None and running.counted is not None:
-            return running.counted
+        if running is not None and running.connections.of_slow_look is not None:
+            return running.connections.of_slow_look
         with self._lock:
             running = self._running
             if running is None:
                 return FlowCounts({}, {})
             began = time.monotonic()
             reals = running.kernel.real_servers(running.ledger.servers)
-            return _count(running, running.written, reals, began)
+            return running.connections.note(running.written, reals, began)
 
     def retire(self) -> bool:
         """Give all real servers weight 0; True once none has a connection left (V11)."""
@@ -305,7 +299,7 @@ class IpvsDataplane:
         kernel.prepare(running.families)
         began = time.monotonic()
         found = kernel.read(running.families)
-        _count(running, desired.plans, found.reals, began)
+        running.connections.note(desired.plans, found.reals, began)
         running.elsewhere = found.elsewhere
         wanted = Ledger()
         for plan in desired.plans.values():
@@ -397,19 +391,6 @@ class IpvsDataplane:
             kernel.remove_sets(families)
         finally:
             kernel.close()
-
-
-def _count(
-    running: _Running,
-    plans: Mapping[PlanKey, ServicePlan],
-    reals: Mapping[ServerKey, list[RealServer]],
-    began_s: float,
-) -> FlowCounts:
-    """Connections by service port; kept if looking took long."""
-    is_slow = time.monotonic() - began_s > SLOW_LOOK_S
-    counts = readback.flow_counts(plans.values(), reals)
-    running.counted = counts if is_slow else None
-    return counts
 
 
 def _health(checks: tuple[HealthCheck, ...]) -> Share:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ebpf_svc.config import Settings
 from ebpf_svc.config.ipvs import IpvsSettings
-from ebpf_svc.dataplane.ipvs import dataplane
+from ebpf_svc.dataplane.ipvs import connections
 from ebpf_svc.host.ipvs import PERSISTENT, Dest, ServerKey, Shape
 from ebpf_svc.model.desired import DesiredState, FrontendKind, ServicePlan
 from ebpf_svc.model.net import Protocol, Sources
@@ -280,7 +280,7 @@ def test_connections_are_those_of_the_last_look_where_looking_is_slow(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a hundred thousand services no metrics request waits for the kernel's list."""
-    monkeypatch.setattr(dataplane, "SLOW_LOOK_S", -1.0)
+    monkeypatch.setattr(connections, "SLOW_LOOK_S", -1.0)
     made = make()
     made.apply(state(make_plan()))
     machine.connections[WEB, FIRST] = 2
