@@ -105,6 +105,10 @@ class Account:
     failures: tuple[dict[str, Any], ...]
     """The first failures: outcome, detail, target and `at_s` since the load began."""
     slowest_ms: float
+    least: int
+    """Requests that ended of the worker with the fewest: from 1 on none is under way that was when
+    the count began.
+    """
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> Account:
@@ -208,13 +212,23 @@ class Load:
     """Workers on a host that ask targets in turn until stopped."""
 
     def __init__(
-        self, host: Host, targets: Sequence[Target], *, workers: int, pause_ms: float
+        self,
+        host: Host,
+        targets: Sequence[Target],
+        *,
+        workers: int,
+        pause_ms: float,
+        own_ports: bool,
     ) -> None:
         self._host = host
         self._longest_s = 2 * max(target.waits_s for target in targets)
         raw = [target.raw() for target in targets]
         self._number: int = host.peer.call(
-            "start_load", targets=raw, workers=workers, pause_s=pause_ms / 1e3
+            "start_load",
+            targets=raw,
+            workers=workers,
+            pause_s=pause_ms / 1e3,
+            own_ports=own_ports,
         )
         self._final: Account | None = None
 
@@ -232,10 +246,19 @@ class Load:
 
 @contextmanager
 def load(
-    host: Host, targets: Sequence[Target], *, workers: int = 4, pause_ms: float = 5.0
+    host: Host,
+    targets: Sequence[Target],
+    *,
+    workers: int = 4,
+    pause_ms: float = 5.0,
+    own_ports: bool = False,
 ) -> Iterator[Load]:
-    """Keep asking during the block, stopped at its end."""
-    running = Load(host, targets, workers=workers, pause_ms=pause_ms)
+    """Keep asking during the block, stopped at its end.
+
+    Args:
+        own_ports: no two requests of a protocol and family come from the same port.
+    """
+    running = Load(host, targets, workers=workers, pause_ms=pause_ms, own_ports=own_ports)
     try:
         yield running
     finally:

@@ -20,28 +20,43 @@ class Channel:
     Args:
         target: keys address, port, protocol, timeout_s, source_port (0 = any), connected (UDP),
             mapped (an IPv6 socket to the v4-mapped address), request_bytes, reply_bytes.
+        spent: ports of earlier sockets, none of which is used again; the socket's own is added.
     """
 
-    def __init__(self, target: dict[str, Any]) -> None:
+    def __init__(self, target: dict[str, Any], spent: set[int] | None = None) -> None:
         self._target = target
         mapped = bool(target.get("mapped"))
         self._address = (
             f"::ffff:{target['address']}" if mapped else target["address"],
             target["port"],
         )
-        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
+        self._family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
         self._stream = target["protocol"] == "TCP"
         self._connected = self._stream or bool(target.get("connected", True))
         self._peer: tuple[Any, ...] = ()
         self._buffer = b""
-        self._socket = socket.socket(
-            family, socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
-        )
+        self._socket = self._make() if spent is None else self._make_unlike(spent)
         try:
             self._open()
         except BaseException:
             self._socket.close()
             raise
+
+    def _make(self) -> socket.socket:
+        return socket.socket(
+            self._family, socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
+        )
+
+    def _make_unlike(self, spent: set[int]) -> socket.socket:
+        """A socket on a port that is not spent, of those the kernel offers."""
+        while True:
+            made = self._make()
+            made.bind(("", 0))
+            port = made.getsockname()[1]
+            if port not in spent:
+                spent.add(port)
+                return made
+            made.close()
 
     def _open(self) -> None:
         self._socket.settimeout(self._target.get("timeout_s", 1.0))
@@ -94,11 +109,11 @@ class Channel:
         return line
 
 
-def ask(target: dict[str, Any]) -> dict[str, Any]:
+def ask(target: dict[str, Any], spent: set[int] | None = None) -> dict[str, Any]:
     """One request on a socket of its own; never raises for what the network does."""
     begun = time.perf_counter()
     try:
-        channel = Channel(target)
+        channel = Channel(target, spent)
         try:
             answer = channel.exchange()
         finally:

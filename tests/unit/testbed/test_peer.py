@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -9,6 +10,9 @@ import pytest
 
 from ebpf_svc.testbed.control import Peer, PeerError
 from ebpf_svc.testbed.namespace import python_argv
+from ebpf_svc.testbed.peer.client import ask
+from ebpf_svc.testbed.peer.load import Load
+from tests.lib.waiting import eventually
 
 PORT = 28_080
 
@@ -52,6 +56,31 @@ def test_mapped_address_reaches_the_ipv4_server(peer: Peer) -> None:
     """A dual-stack socket asks an IPv4 service by its v4-mapped address."""
     ((answer,),) = peer.call("ask", probes=[_target("TCP", mapped=True)])
     assert (answer["server"], answer["peer"]) == ("one", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("peer")
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_spent_ports_are_not_used_again(protocol: str) -> None:
+    """A request has a port of those that are left, and spends it."""
+    spent = {port for port in range(1 << 16) if port % 50 > 1}
+    first, second = (ask(_target(protocol), spent)["client_port"] for _ in range(2))
+    assert first != second
+    assert {first % 50, second % 50} <= {0, 1}
+    assert {first, second} < spent
+
+
+@pytest.mark.usefixtures("peer")
+def test_load_tells_when_every_worker_has_ended_a_request() -> None:
+    """One that still waits for its answer is not hidden by others that had theirs."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        waits = _target("UDP", silent.getsockname()[1])
+        running = Load([_target("UDP"), waits], workers=2, pause_s=0.0, own_ports=True)
+        eventually(lambda: running.account()["ok"], within_s=0.5)
+        assert running.account()["least"] == 0
+        assert running.stop()["least"] > 0
+    assert running.account(reset=True)["least"] > 0
+    assert running.account()["least"] == 0
 
 
 def test_wrong_command_is_an_error_of_the_peer(peer: Peer) -> None:
