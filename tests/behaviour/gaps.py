@@ -20,6 +20,11 @@ _ONE_PORT = (
     "as with kube-proxy"
 )
 
+_FLOW_ENDS_AT_ONCE = (
+    "a UDP flow is forgotten with its endpoint, so that its next datagram goes elsewhere; so an "
+    "answer under way is not translated, as with kube-proxy (C7, V11)"
+)
+
 _NO_MEMORY_OF_ITS_OWN_CALLS = (
     "IPVS takes an answer to a node's own call from the number of a node port for a request, "
     "whatever connection tracking knows, as for kube-proxy (B9)"
@@ -44,6 +49,13 @@ GAPS: dict[tuple[str, str], str] = {
     ),
     ("ipvs", "test_port_used_for_two_services_of_one_pod_has_two_connections"): _ONE_PORT,
     ("ipvs", "test_port_used_for_a_service_may_be_used_for_its_pod"): _ONE_PORT,
+    (
+        "ipvs",
+        "test_port_used_for_two_addresses_of_a_service_may_return_to_the_first[UDP]",
+    ): _ONE_PORT,
+    ("ipvs", "test_answer_under_way_when_its_pod_leaves_arrives"): _FLOW_ENDS_AT_ONCE,
+    ("nftables", "test_answer_under_way_when_its_pod_leaves_arrives"): _FLOW_ENDS_AT_ONCE,
+    ("iptables", "test_answer_under_way_when_its_pod_leaves_arrives"): _FLOW_ENDS_AT_ONCE,
     (
         "ipvs",
         "test_connection_from_the_number_of_a_node_port_gets_its_answers",

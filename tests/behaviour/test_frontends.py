@@ -302,6 +302,24 @@ def test_port_used_for_a_service_may_be_used_for_its_pod(
     assert_held(_in_any_order(world, publish([world.web3]), host))
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.value)
+@pytest.mark.parametrize("asker", ["shell1", "sandbox1"])
+def test_port_used_for_two_addresses_of_a_service_may_return_to_the_first(
+    world: World, publish: Publish, asker: str, protocol: Protocol
+) -> None:
+    """One source port calls a cluster IP, an external address and the cluster IP again."""
+    host = next(one for one in world.askers if one.name == asker)
+    web = publish([world.web3])
+    rows = []
+    for family in Family:
+        vip, cluster_ip = web.at_external_ip(family, protocol), web.at_cluster_ip(family, protocol)
+        port = 5300 + 2 * int(family) + PROTOCOLS.index(protocol)
+        for target in (cluster_ip, vip, cluster_ip):
+            answers = ask(host, *_place(target), source_port=port, timeout_s=0.5)
+            rows.append(Row(host, "one port", family, target, answers))
+    assert_held(rows)
+
+
 def test_node_may_use_a_port_for_a_service_and_its_pod(world: World, publish: Publish) -> None:
     """The same for a process of the node."""
     assert_held(_in_any_order(world, publish([world.web3]), world.cluster.nodes[0]))

@@ -6,17 +6,19 @@ client ── router ──┬── node1 ── web1 web2 shell1 sandbox1
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
 
 from ebpf_svc.model.net import Family, Protocol
-from ebpf_svc.testbed.host import Host
+from ebpf_svc.testbed.host import Host, Pod
 from ebpf_svc.testbed.patience import PATIENCE
-from ebpf_svc.testbed.traffic import Connection, Target, connection
+from ebpf_svc.testbed.traffic import Connection, Probe, Target, ask_all, connection, stop_serving
 from tests.behaviour.conftest import Publish
 from tests.lib.manifests import Endpoint, Web
 from tests.lib.waiting import eventually
@@ -26,6 +28,8 @@ every_family = pytest.mark.parametrize("family", list(Family), ids=lambda family
 
 ANSWER_S = 1.0
 WITHIN_S = 15.0
+LATE_S = 4.0
+"""How long an answer is waited for whose pod leaves meanwhile."""
 
 FRAGMENTS = """
 import ipaddress, json, socket, struct, sys
@@ -91,6 +95,21 @@ for _ in range(int(count / together)):
 print(missing)
 """
 """Two questions at once on each of many sockets, as resolvers ask; says on how many any is lost."""
+
+ANSWERS_WHEN_TOLD = """
+import json, socket, sys
+server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+server.settimeout(float(sys.argv[3]))
+server.bind(("::", int(sys.argv[1])))
+print("listening", flush=True)
+askers = [server.recvfrom(1000)[1] for _ in range(int(sys.argv[2]))]
+print("asked", flush=True)
+sys.stdin.readline()
+for asker in askers:
+    server.sendto(b'{"server": "late"}', asker)
+"""
+"""Hears so many questions before it answers the first one."""
 
 
 def _run(host: Host, script: str, *arguments: object) -> str:
@@ -224,3 +243,56 @@ def test_bursts_of_two_questions_a_socket_lose_no_answer(
         wait_s = WITHIN_S * PATIENCE
         missing = _run(asker, BURST, target.address, target.port, wait_s, 200, 50).strip()
         assert (asker.name, missing) == (asker.name, "0")
+
+
+@contextmanager
+def _answering_when_told(pod: Pod, port: int, count: int) -> Iterator[subprocess.Popen[str]]:
+    """A program on a pod that hears so many questions; each line to it and from it is a step."""
+    arguments = map(str, (port, count, WITHIN_S * PATIENCE))
+    argv = [sys.executable, "-ISc", ANSWERS_WHEN_TOLD, *arguments]
+    with pod.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def _says(server: subprocess.Popen[str], word: str) -> None:
+    assert server.stdout is not None
+    assert server.stdout.readline() == f"{word}\n"
+
+
+def test_answer_under_way_when_its_pod_leaves_arrives(world: World, publish: Publish) -> None:
+    """What a pod was asked while it served it may still answer once it has left."""
+    web = publish([world.web1])
+    stop_serving(world.web1, udp=[web.target_port])
+    node1, client = world.cluster.nodes[0], world.cluster.client
+    probes = [
+        Probe(asker, target)
+        for family in Family
+        for asker, target in (
+            (world.shell1, web.at_cluster_ip(family, Protocol.UDP, timeout_s=LATE_S)),
+            (world.sandbox1, web.at_cluster_ip(family, Protocol.UDP, timeout_s=LATE_S)),
+            (world.sandbox1, web.at_external_ip(family, Protocol.UDP, timeout_s=LATE_S)),
+            (node1, web.at_cluster_ip(family, Protocol.UDP, timeout_s=LATE_S)),
+            (client, web.at_node(node1, family, Protocol.UDP, timeout_s=LATE_S)),
+        )
+    ]
+    with (
+        _answering_when_told(world.web1, web.target_port, len(probes)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        _says(server, "listening")
+        asked = pool.submit(ask_all, probes)
+        _says(server, "asked")
+        world.publish(web, [world.web3])
+        assert server.stdin is not None
+        server.stdin.write("answer\n")
+        server.stdin.flush()
+        answers = [one for (one,) in asked.result()]
+    lost = [
+        (probe.host.name, probe.target.address, one.detail)
+        for probe, one in zip(probes, answers, strict=True)
+        if not one.ok
+    ]
+    assert lost == []
