@@ -220,11 +220,11 @@ class _Run:
         notes, environment = self.comparison.notes, self.comparison.environment
         if interprets_programs(environment):
             notes.append(INTERPRETED)
-        if not generator.accounts_exactly():
-            notes.append(UNACCOUNTED)
         environment["cpu_share"] = round(self.cpu_ns / self.elapsed_ns, 3)
         environment["generator_share"] = round(self.user_ns / self.cpu_ns, 3)
-        if environment["cpu_share"] < BUSY_SHARE:
+        if not generator.accounts_exactly():
+            notes.append(UNACCOUNTED)
+        elif environment["cpu_share"] < BUSY_SHARE:
             notes.append(
                 f"The machine was busy: the generator had {environment['cpu_share']:.0%} of its "
                 "CPU. Rates are per second of CPU and stand; latencies beyond the median do not."
