@@ -312,7 +312,8 @@ DRAINING_FLOWS = _gauge(
 )
 SERVICE_FLOWS = _gauge(
     "ebpf_svc_service_flows",
-    "Flows that are alive, by service port; those without any are left out.",
+    "Flows that are alive, by service port; those without any are left out. In mode ipvs, where "
+    "looking takes more than a second, those of the last read-back.",
     labels="namespace service port protocol ip_family",
 )
 SERVICE_CONNECTIONS = _counter(
