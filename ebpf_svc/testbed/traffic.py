@@ -68,6 +68,10 @@ class Target:
     timeout_s: float = 1.0
     source_port: int = 0
     """0 = any."""
+    own_port: bool = False
+    """From a port that no earlier request of the host had which asked for one of its own, of that
+    protocol and family: what is remembered of a port is then nothing to this request.
+    """
     connected: bool = True
     """UDP: connect the socket, so that errors arrive; else sendto and recvfrom."""
     mapped: bool = False
@@ -212,23 +216,13 @@ class Load:
     """Workers on a host that ask targets in turn until stopped."""
 
     def __init__(
-        self,
-        host: Host,
-        targets: Sequence[Target],
-        *,
-        workers: int,
-        pause_ms: float,
-        own_ports: bool,
+        self, host: Host, targets: Sequence[Target], *, workers: int, pause_ms: float
     ) -> None:
         self._host = host
         self._longest_s = 2 * max(target.waits_s for target in targets)
         raw = [target.raw() for target in targets]
         self._number: int = host.peer.call(
-            "start_load",
-            targets=raw,
-            workers=workers,
-            pause_s=pause_ms / 1e3,
-            own_ports=own_ports,
+            "start_load", targets=raw, workers=workers, pause_s=pause_ms / 1e3
         )
         self._final: Account | None = None
 
@@ -246,19 +240,10 @@ class Load:
 
 @contextmanager
 def load(
-    host: Host,
-    targets: Sequence[Target],
-    *,
-    workers: int = 4,
-    pause_ms: float = 5.0,
-    own_ports: bool = False,
+    host: Host, targets: Sequence[Target], *, workers: int = 4, pause_ms: float = 5.0
 ) -> Iterator[Load]:
-    """Keep asking during the block, stopped at its end.
-
-    Args:
-        own_ports: no two requests of a protocol and family come from the same port.
-    """
-    running = Load(host, targets, workers=workers, pause_ms=pause_ms, own_ports=own_ports)
+    """Keep asking during the block, stopped at its end."""
+    running = Load(host, targets, workers=workers, pause_ms=pause_ms)
     try:
         yield running
     finally:

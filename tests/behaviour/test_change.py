@@ -34,16 +34,26 @@ DESTROYED = ("ECONNABORTED", "EDESTADDRREQ")
 
 
 def _targets(world: World, web: Web, asker: Host, protocols: Sequence[Protocol]) -> list[Target]:
-    """Both families, at the addresses that kind of client uses."""
+    """Both families, at the addresses that kind of client uses.
+
+    Where netfilter carries, each request has a port of its own. The kernel would choose some twice,
+    and two things that tests of their own are about would happen by chance: IPVS takes flows of one
+    port that meet at a pod for one, and a datagram from the port of an earlier flow still goes to a
+    pod that drains.
+    """
     node1, node2 = world.cluster.nodes
+    options = {"own_port": world.mode in netfilter.MODES}
     return [
         target
         for family in Family
         for protocol in protocols
         for target in (
-            [web.at_node(node1, family, protocol), web.at_node(node2, family, protocol)]
+            [web.at_node(node, family, protocol, **options) for node in (node1, node2)]
             if asker is world.cluster.client
-            else [web.at_cluster_ip(family, protocol), web.at_external_ip(family, protocol)]
+            else [
+                web.at_cluster_ip(family, protocol, **options),
+                web.at_external_ip(family, protocol, **options),
+            ]
         )
     ]
 
@@ -52,20 +62,11 @@ def _targets(world: World, web: Web, asker: Host, protocols: Sequence[Protocol])
 def _loads(
     world: World, web: Web, protocols: Sequence[Protocol] = PROTOCOLS
 ) -> Iterator[dict[str, Load]]:
-    """Everyone keeps asking during the block; every answer is counted.
-
-    Where netfilter carries, each request has a port of its own. The kernel would choose some twice,
-    and two things that tests of their own are about would happen by chance: IPVS takes flows of one
-    port that meet at a pod for one, and a datagram from the port of an earlier flow still goes to a
-    pod that drains.
-    """
-    own_ports = world.mode in netfilter.MODES
+    """Everyone keeps asking during the block; every answer is counted."""
     askers = (world.shell1, world.sandbox1, world.cluster.nodes[0], world.cluster.client)
     with ExitStack() as stack:
         yield {
-            asker.name: stack.enter_context(
-                load(asker, _targets(world, web, asker, protocols), own_ports=own_ports)
-            )
+            asker.name: stack.enter_context(load(asker, _targets(world, web, asker, protocols)))
             for asker in askers
         }
 

@@ -108,9 +108,13 @@ def table(
 ) -> list[Row]:  # fmt: skip
     """Everyone asks every kind of frontend of a service, all at the same time.
 
+    In ipvs mode each request has a port of its own: flows of one port that meet at a pod are one
+    there, which tests of their own are about, and some of so many would have the same by chance.
+
     Unless `every`, what the mode has a gap for is left out: node ports on ::1, from where the
     kernel lets no packet leave the node, and in ipvs mode on 127.0.0.1 as well (V7).
     """
+    options = {"own_port": world.mode == "ipvs", **options}
     rows = [
         Row(asker, kind, family, target)
         for kind in kinds

@@ -64,12 +64,10 @@ class Peer:
     def close(self, channel: int) -> None:
         self._channels.pop(channel).close()
 
-    def start_load(
-        self, targets: list[dict[str, Any]], workers: int, pause_s: float, own_ports: bool
-    ) -> int:
+    def start_load(self, targets: list[dict[str, Any]], workers: int, pause_s: float) -> int:
         with self._lock:
             self._next += 1
-            self._loads[self._next] = Load(targets, workers, pause_s, own_ports)
+            self._loads[self._next] = Load(targets, workers, pause_s)
             return self._next
 
     def read_load(self, load: int, reset: bool = False) -> dict[str, Any]:

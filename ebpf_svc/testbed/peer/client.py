@@ -6,11 +6,16 @@ import errno
 import json
 import socket
 import time
+from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
 from ebpf_svc.testbed.peer.server import MAX_DATAGRAM_BYTES, plain
 
+SPENT_PORTS = 10_000
+"""So many ports are not used again, then all may be: for TCP a kernel offers 14,000."""
+SPENT: defaultdict[tuple[bool, str], set[int]] = defaultdict(set)
+"""(whether IPv6, protocol) -> the ports of sockets that had to have one of their own."""
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL}
 
 
@@ -19,11 +24,10 @@ class Channel:
 
     Args:
         target: keys address, port, protocol, timeout_s, source_port (0 = any), connected (UDP),
-            mapped (an IPv6 socket to the v4-mapped address), request_bytes, reply_bytes.
-        spent: ports of earlier sockets, none of which is used again; the socket's own is added.
+            mapped (an IPv6 socket to the v4-mapped address), own_port, request_bytes, reply_bytes.
     """
 
-    def __init__(self, target: dict[str, Any], spent: set[int] | None = None) -> None:
+    def __init__(self, target: dict[str, Any]) -> None:
         self._target = target
         mapped = bool(target.get("mapped"))
         self._address = (
@@ -35,7 +39,8 @@ class Channel:
         self._connected = self._stream or bool(target.get("connected", True))
         self._peer: tuple[Any, ...] = ()
         self._buffer = b""
-        self._socket = self._make() if spent is None else self._make_unlike(spent)
+        wants_own = target.get("own_port") and not target.get("source_port")
+        self._socket = self._make_unlike_others() if wants_own else self._make()
         try:
             self._open()
         except BaseException:
@@ -47,8 +52,11 @@ class Channel:
             self._family, socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
         )
 
-    def _make_unlike(self, spent: set[int]) -> socket.socket:
-        """A socket on a port that is not spent, of those the kernel offers."""
+    def _make_unlike_others(self) -> socket.socket:
+        """A socket on a port that no other had which was made here, of those the kernel offers."""
+        spent = SPENT[":" in self._target["address"], self._target["protocol"]]
+        if len(spent) > SPENT_PORTS:
+            spent.clear()
         while True:
             made = self._make()
             made.bind(("", 0))
@@ -109,11 +117,11 @@ class Channel:
         return line
 
 
-def ask(target: dict[str, Any], spent: set[int] | None = None) -> dict[str, Any]:
+def ask(target: dict[str, Any]) -> dict[str, Any]:
     """One request on a socket of its own; never raises for what the network does."""
     begun = time.perf_counter()
     try:
-        channel = Channel(target, spent)
+        channel = Channel(target)
         try:
             answer = channel.exchange()
         finally:

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 from ebpf_svc.testbed.peer.client import ask
 
 KEPT_FAILURES = 20
-SPENT_PORTS = 10_000
-"""So many ports are not used again, then all may be: for TCP a kernel offers 14,000."""
 
 
 class Load:
-    """Workers asking the same targets in turn, each pausing between two requests.
+    """Workers asking the same targets in turn, each pausing between two requests."""
 
-    Args:
-        targets: as `Channel` takes them.
-        workers: how many.
-        pause_s: between two requests of a worker.
-        own_ports: no two requests of a protocol and family come from the same port.
-    """
-
-    def __init__(
-        self,
-        targets: list[dict[str, Any]],
-        workers: int,
-        pause_s: float,
-        own_ports: bool = False,
-    ) -> None:
-        self._targets, self._pause_s, self._own_ports = targets, pause_s, own_ports
-        self._spent: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)
+    def __init__(self, targets: list[dict[str, Any]], workers: int, pause_s: float) -> None:
+        self._targets, self._pause_s = targets, pause_s
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._ok = 0
@@ -54,17 +38,8 @@ class Load:
         while not self._stop.is_set():
             target = self._targets[number % len(self._targets)]
             number += 1
-            self._count(worker, target, ask(target, self._spent_by(target)))
+            self._count(worker, target, ask(target))
             self._stop.wait(self._pause_s)
-
-    def _spent_by(self, target: dict[str, Any]) -> set[int] | None:
-        if not self._own_ports:
-            return None
-        with self._lock:
-            spent = self._spent[target["protocol"], ":" in target["address"]]
-            if len(spent) > SPENT_PORTS:
-                spent.clear()
-        return spent
 
     def _count(self, worker: int, target: dict[str, Any], answer: dict[str, Any]) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ import pytest
 
 from ebpf_svc.testbed.control import Peer, PeerError
 from ebpf_svc.testbed.namespace import python_argv
-from ebpf_svc.testbed.peer.client import ask
+from ebpf_svc.testbed.peer import client
 from ebpf_svc.testbed.peer.load import Load
 from tests.lib.waiting import eventually
 
@@ -60,10 +60,13 @@ def test_mapped_address_reaches_the_ipv4_server(peer: Peer) -> None:
 
 @pytest.mark.usefixtures("peer")
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
-def test_spent_ports_are_not_used_again(protocol: str) -> None:
+def test_port_of_its_own_is_not_used_again(monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
     """A request has a port of those that are left, and spends it."""
     spent = {port for port in range(1 << 16) if port % 50 > 1}
-    first, second = (ask(_target(protocol), spent)["client_port"] for _ in range(2))
+    monkeypatch.setattr(client, "SPENT_PORTS", 1 << 16)
+    monkeypatch.setitem(client.SPENT, (False, protocol), spent)
+    target = _target(protocol, own_port=True)
+    first, second = (client.ask(target)["client_port"] for _ in range(2))
     assert first != second
     assert {first % 50, second % 50} <= {0, 1}
     assert {first, second} < spent
@@ -75,7 +78,7 @@ def test_load_tells_when_every_worker_has_ended_a_request() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         waits = _target("UDP", silent.getsockname()[1])
-        running = Load([_target("UDP"), waits], workers=2, pause_s=0.0, own_ports=True)
+        running = Load([_target("UDP"), waits], workers=2, pause_s=0.0)
         eventually(lambda: running.account()["ok"], within_s=0.5)
         assert running.account()["least"] == 0
         assert running.stop()["least"] > 0
