@@ -9,6 +9,7 @@
 #include <uapi/linux/icmp.h>
 #include <uapi/linux/icmpv6.h>
 #include <uapi/linux/if_ether.h>
+#include <uapi/linux/if_packet.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/ip.h>
 #include <uapi/linux/ipv6.h>
@@ -46,7 +47,7 @@
 	!defined(MASQUERADE_MARK) || !defined(SOCKET_ENTRIES) || \
 	!defined(DROP_REASONS) || !defined(CSUM_FAMILY_FLAG) || \
 	!defined(SOCKET_LB_PODS) || !defined(HAVE_SET_RETVAL) || \
-	!defined(HAVE_COARSE_CLOCK) || \
+	!defined(HAVE_COARSE_CLOCK) || !defined(HAVE_PEER_SCRUB) || \
 	!defined(HOST_PACKETS) || !defined(NO_LINK) || !defined(LINK_TUNNEL) || !defined(FLOW_HOST) || \
 	!defined(FAST_PATH) || !defined(XDP) || !defined(LINK_PEER) || \
 	!defined(LINK_NIC) || \

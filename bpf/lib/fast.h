@@ -27,7 +27,7 @@ static __always_inline int fast_send(struct __sk_buff *skb, const struct packet 
 	if (rewrite(skb, pkt, to, diffs, true) != NEXT)
 		return TC_ACT_SHOT;
 	count_packet(service, skb->len);
-	return route.link ? take_route(skb, &route) : bpf_redirect_peer(link, 0);
+	return route.link ? take_route(skb, &route) : give_to_peer(skb, link);
 }
 
 static __always_inline int fast_request(struct __sk_buff *skb, const struct packet *pkt,

@@ -61,6 +61,19 @@ static __always_inline long find_route(void *ctx, __u32 ifindex, const struct ad
 	return outcome;
 }
 
+/* Hand a packet to whom the device at the other end of this one belongs to.
+ *
+ * The first device has decided for whom it is, by the frame's address, and a frame
+ * for a bridge was not for its port. Before Linux 6.15, and in releases of older
+ * ones that lack what came with it, the other end goes by that and drops it.
+ */
+static __always_inline int give_to_peer(struct __sk_buff *skb, __u32 index)
+{
+	if (!HAVE_PEER_SCRUB && skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(index, 0);
+}
+
 /* Send a packet, Ethernet header and all, the way of its route. */
 static __always_inline int take_route(struct __sk_buff *skb, struct route *route)
 {
@@ -69,7 +82,7 @@ static __always_inline int take_route(struct __sk_buff *skb, struct route *route
 	__u8 ends[2 * ETH_ALEN];
 
 	if (route->link->kind == LINK_PEER)
-		return bpf_redirect_peer(fib->ifindex, 0);
+		return give_to_peer(skb, fib->ifindex);
 	if (route->cold) {
 #if IP_FAMILY == 4
 		next.ipv4_nh = fib->ipv4_dst;

@@ -68,7 +68,7 @@ class EbpfSettings(Section):
     """Send packets of services straight to the device they leave by, past netfilter and routing,
     where both directions of a flow can take that way. Faster than forwarding; but whatever filters
     forwarded packets on this node (network policies in netfilter) does not see them, so it is for
-    nodes that have none. Needs Linux 6.1; before, it is ignored with a warning.
+    nodes that have none.
     """
     xdp: bool = False
     """Forward established flows between other machines in the driver of the NIC, before the kernel

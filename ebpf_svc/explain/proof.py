@@ -103,8 +103,9 @@ class Answer:
 class Driver:
     """What XDP's program made of a flow's packets, `XDP_*`."""
 
-    first: int
-    later: int = XDP_PASS
+    first: int | None
+    """None: this kernel cannot try it."""
+    later: int | None = XDP_PASS
     answers: int | None = None
     """None: they come in by no device that runs it."""
 
@@ -173,7 +174,7 @@ class Prover:
         outcome = self.send(call)
         proof = Proof(self._place.program, self._trial.tag(self._place.program), outcome)
         proof.differences += compare(call, view, prediction, outcome)
-        if first is not None:
+        if by_driver:
             proof.driver = Driver(first)
         if outcome.backend is not None:
             proof.reply = self._answer(call, outcome)
@@ -253,8 +254,8 @@ class Prover:
         ran = self._trial.run(place.program, rest, ifindex=place.link)
         return replace(ran, data=head + ran.data)
 
-    def _drive(self, frame: bytes, link: int) -> int:
-        return self._trial.run_driver(frame, ifindex=link).verdict
+    def _drive(self, frame: bytes, link: int) -> int | None:
+        return self._trial.run_driver(frame, ifindex=link)
 
     def _drive_on(self, first: int, call: Call, outcome: Outcome) -> Driver:
         """Send later packets of an open flow, of both ends, to the drivers they come by."""

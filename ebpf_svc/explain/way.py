@@ -69,6 +69,7 @@ class DriverWay:
     is_ours: bool
     """It runs our program; all the rest is empty if not."""
     first: str = ""
+    """Empty though it does: this kernel cannot try it."""
     later: str = ""
     answers: str = ""
     """Empty: they do not come in by such a device."""
@@ -168,6 +169,8 @@ def _why_not_out(call: Call, outcome: Outcome, ground: Ground) -> str:
 def _driver(call: Call, found: Driver | None, outcome: Outcome, ground: Ground) -> DriverWay:
     if found is None:
         return DriverWay(_name(ground.device), is_ours=False)
+    if found.first is None or found.later is None:
+        return DriverWay(_name(ground.device), is_ours=True)
     why = "" if found.later != XDP_PASS else _why_not_driver(call, outcome, ground)
     return DriverWay(
         _name(ground.device),
@@ -223,6 +226,11 @@ def driver_sentences(way: DriverWay) -> list[str]:
     name = way.device
     if not way.is_ours:
         return [f"{name}'s driver runs no program of ours: tc sees every packet."]
+    if not way.first:
+        return [
+            f"XDP runs at {name}: what is open between machines it may send itself. Kernels before "
+            "5.15 cannot try that."
+        ]
     told = [f"XDP at {name} sends the packet itself ({way.first}): its flow is open."]
     if way.first == _xdp(XDP_PASS):
         told = [f"XDP at {name} passes the packet up to tc ({way.first}), which opens flows."]

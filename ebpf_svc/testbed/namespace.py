@@ -19,7 +19,7 @@ from ebpf_svc.testbed import kernel
 from ebpf_svc.testbed.patience import PATIENCE
 
 IFA_F_TENTATIVE = 0x40
-SETTLED_S = 30.0
+SETTLED_S = 60.0
 POLL_S = 0.005
 # No duplicate address detection, no router discovery: nobody is asked about an address.
 _QUIET_IPV6 = {

@@ -28,6 +28,7 @@ from ebpf_svc.testbed.host import Host, Node
 from ebpf_svc.testbed.podnet import PodNetwork
 from ebpf_svc.testbed.traffic import Answer, Outcome, Probe, Target, ask_all, connection
 from tests.behaviour.conftest import Publish
+from tests.lib.kernel import running_kernel
 from tests.lib.manifests import Endpoint, Web
 from tests.lib.probing import (
     BALANCER,
@@ -314,8 +315,10 @@ def test_what_the_driver_does_is_told(world: World, publish: Publish) -> None:
             before = sent_by_driver(agent.node)
             assert all(held.ping().ok for _ in range(20))
         sent = sent_by_driver(agent.node) - before
-        assert (driver["first"], driver["later"]) == ("XDP_PASS", later)
-        assert driver["answers"] == ("XDP_TX" if pod is world.web3 else "")
+        wanted = ("XDP_PASS", later, "XDP_TX" if pod is world.web3 else "")
+        if running_kernel() < (5, 15):
+            wanted = ("", "", "")  # it tries no driver's program, and that is said
+        assert (driver["first"], driver["later"], driver["answers"]) == wanted
         assert (sent >= 40) is (later == "XDP_TX")
 
 

@@ -113,8 +113,6 @@ class EventKind(IntEnum):
     DROPPED = 2
 
 
-FAST_PATH_KERNEL = (6, 1)
-"""The first Linux the fast path is used on: 5.10 loads it and loses packets between pods."""
 NAT_PORTS = range(61_000, 65_536)
 """Ports of the node that stand for clients of the fast path, and of clients that stand for a port
 they already use: above those Linux gives to sockets by default, and not among those netfilter
@@ -205,6 +203,7 @@ def node_defines(
     node = {
         "CSUM_FAMILY_FLAG": str(flag),
         "HAVE_COARSE_CLOCK": str(int(kernel >= (5, 11))),
+        "HAVE_PEER_SCRUB": str(int(kernel >= (6, 15))),
         "HAVE_SET_RETVAL": str(int(kernel >= (5, 18))),
         "SOCKET_LB_PODS": str(int(translate_pods)),
         "MASQUERADE_MARK": hex(masquerade_mark),

@@ -6,7 +6,6 @@ import platform
 import re
 
 from ebpf_svc.config import EbpfSettings, SocketLB
-from ebpf_svc.dataplane.ebpf.constants import FAST_PATH_KERNEL
 
 
 def kernel() -> tuple[int, int]:
@@ -22,8 +21,6 @@ def uses_fast_path(settings: EbpfSettings) -> bool:
 
 def why_no_fast_path(settings: EbpfSettings) -> str:
     """What is in its way; empty = nothing."""
-    if kernel() < FAST_PATH_KERNEL:
-        return f"it needs Linux {'.'.join(map(str, FAST_PATH_KERNEL))}"
     if translates_host_packets(settings):
         return "without socket hooks no program has room for it"
     return ""

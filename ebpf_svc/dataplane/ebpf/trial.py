@@ -8,6 +8,7 @@ sends nothing: who redirects is the kernel, after the program, and nothing comes
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterable
@@ -145,16 +146,22 @@ class Trial:
         mark = struct.unpack_from("=I", run.context, _MARK_OFFSET)[0]
         return Ran(run.retval, run.data, mark, drop)
 
-    def run_driver(self, packet: bytes, *, ifindex: int) -> Ran:
-        """Send a packet through the program of a NIC's driver.
+    def run_driver(self, packet: bytes, *, ifindex: int) -> int | None:
+        """Send a packet through the program of a NIC's driver; what that says, `XDP_*`.
+
+        None: before Linux 5.15 the kernel does not let such a program see a device.
 
         Raises:
             OSError, VerifierError: as `run`.
         """
         # struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         context = struct.pack("=6I", 0, len(packet), 0, ifindex, 0, 0)
-        run = bpf_prog.test_run(self._program(XDP_PROGRAM), packet, context=context)
-        return Ran(run.retval, run.data, 0, None)
+        try:
+            return bpf_prog.test_run(self._program(XDP_PROGRAM), packet, context=context).retval
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return None
+            raise
 
     def _program(self, name: str) -> int:
         if name not in self._programs:
