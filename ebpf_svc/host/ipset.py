@@ -35,10 +35,10 @@ HASHSIZE = 1024
 """At first; the kernel lets it grow."""
 PORTS = (0, 65535)
 
-ERR_BUSY, ERR_HASH_FULL = 4100, 4352
+ERR_FIND_TYPE, ERR_BUSY, ERR_HASH_FULL = 4098, 4100, 4352
 _WORDS = {
     4097: "the kernel speaks another ipset protocol",
-    4098: "the kernel has no set of that type",
+    ERR_FIND_TYPE: "the kernel has no set of that type",
     4099: "there are too many sets",
     ERR_BUSY: "a rule uses the set",
     4102: "a set of that name has another type",

@@ -16,7 +16,7 @@ from ebpf_svc.config import Settings
 from ebpf_svc.dataplane.ipvs import check, dataplane, kernel, tuning
 from ebpf_svc.dataplane.ipvs.dataplane import IpvsDataplane
 from ebpf_svc.host.dummy import Held as HeldAddress
-from ebpf_svc.host.ipset import Entry, Held, Spec
+from ebpf_svc.host.ipset import ERR_FIND_TYPE, Entry, Held, Spec
 from ebpf_svc.host.ipvs import Dest, RealServer, ServerKey, Shape
 from ebpf_svc.host.netlink import Failure
 from ebpf_svc.model.net import Family
@@ -42,6 +42,8 @@ class Machine:
         self.sets: dict[str, Held] = {}
         self.addresses: dict[str, int] = {ELSEWHERE: 2}
         self.has_device = self.has_rules = False
+        self.loading = 0
+        """How many times a set's module is still being loaded for others."""
         self.asked: frozenset[str] = frozenset()
         """Sets that rules ask."""
         self.refuses: set[ServerKey] = set()
@@ -158,6 +160,9 @@ class MemorySets:
     def close(self) -> None: ...
 
     def create(self, specs: Iterable[Spec]) -> Answers:
+        if self.machine.loading:
+            self.machine.loading -= 1
+            return [refusal(ERR_FIND_TYPE)]
         for spec in specs:
             self.machine.sets.setdefault(spec.name, Held(spec, set()))
         return [None]

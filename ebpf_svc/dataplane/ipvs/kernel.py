@@ -6,6 +6,7 @@ change with services.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -14,13 +15,15 @@ from ebpf_svc.dataplane.ipvs.sets import SPECS, SetEntry, specs_of
 from ebpf_svc.dataplane.ipvs.state import Found, Steps
 from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host import dummy, rtnetlink
-from ebpf_svc.host.ipset import ERR_BUSY, Entry, Sets, Spec
+from ebpf_svc.host.ipset import ERR_BUSY, ERR_FIND_TYPE, Entry, Sets, Spec
 from ebpf_svc.host.ipvs import Dest, Ipvs, RealServer, ServerKey
 from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.host.netlink import Failure
 from ebpf_svc.model.net import Family, family_of
 
 _TEMPORARY = "EBPF-SVC-TMP"
+LOADING_S = 2.0
+"""How long a module may take that others are loading."""
 Item = TypeVar("Item")
 
 
@@ -61,9 +64,22 @@ class Kernel:
         self._index = dummy.create(self._route, LINK)
         for family in families:
             for spec in specs_of(family):
-                (failure,) = self._sets.create([spec])
+                failure = self._create(spec)
                 if failure is not None:
                     self._adapt(spec, failure)
+
+    def _create(self, spec: Spec) -> Failure | None:
+        """Make a set. The kernel loads the module of its type, but does not wait for one that is
+        being loaded for somebody else at that moment.
+        """
+        (failure,) = self._sets.create([spec])
+        until_s = time.monotonic() + LOADING_S
+        while failure is not None and failure.errno == ERR_FIND_TYPE:
+            if time.monotonic() > until_s:
+                break
+            time.sleep(LOADING_S / 20)
+            (failure,) = self._sets.create([spec])
+        return failure
 
     def _adapt(self, spec: Spec, failure: Failure) -> None:
         """A set of that name is there in another shape, as after kube-proxy: put ours in its place.

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ebpf_svc.config import Settings
 from ebpf_svc.config.ipvs import IpvsSettings
-from ebpf_svc.dataplane.ipvs import connections
+from ebpf_svc.dataplane.ipvs import connections, kernel
+from ebpf_svc.errors import DataplaneError
 from ebpf_svc.host.ipvs import PERSISTENT, Dest, ServerKey, Shape
 from ebpf_svc.model.desired import DesiredState, FrontendKind, ServicePlan
-from ebpf_svc.model.net import Protocol, Sources
+from ebpf_svc.model.net import Family, Protocol, Sources
 from ebpf_svc.plan.options import PlanOptions
 from ebpf_svc.plan.planner import Planner
 from tests.lib.ipvs_machine import ELSEWHERE, Machine, live_in, make
@@ -226,6 +227,19 @@ def test_what_others_changed_is_repaired_and_told(machine: Machine) -> None:
     assert "virtual server 10.96.0.1 port 80/TCP was missing" in report.repaired
     assert "rules were missing" in report.repaired
     assert made.apply(desired, resync=True).repaired == ()
+
+
+def test_module_that_is_being_loaded_for_others_is_waited_for(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says at once that it has no such type of set; for good only after a while."""
+    monkeypatch.setattr(kernel, "LOADING_S", 0.1)
+    machine.loading = 1000
+    with pytest.raises(DataplaneError, match="KUBE-LOOP-BACK"):
+        kernel.Kernel().prepare([Family.V4])
+    machine.loading = 3
+    make().apply(state(make_plan()))
+    assert WEB in machine.shapes
 
 
 def test_rules_come_with_the_first_of_a_kind_and_go_with_the_last(machine: Machine) -> None:
