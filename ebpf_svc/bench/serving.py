@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -23,7 +24,7 @@ from ebpf_svc.testbed.host import Node
 PROGRAMMED_S = 1_200.0
 _POLL_S = 0.02
 _STOP_S = 10.0
-_METRICS_URL = "http://127.0.0.1:10249/metrics"
+_METRICS_URL = "http://127.0.0.1:10249"
 _PENDING = re.compile(r"^kubeproxy_sync_proxy_rules_\w+_changes_pending(?:{.*})? (\S+)", re.M)
 _SYNCED = re.compile(r"^kubeproxy_sync_proxy_rules_last_timestamp_seconds(?:{.*})? (\S+)", re.M)
 _RELEASE = re.compile(r"^Kubernetes v(\d+)\.(\d+)")
@@ -101,6 +102,8 @@ def reason_against(binary: Path | None, mode: str) -> str:
         return str(error)
     if mode == "nftables" and release < _NFTABLES_SINCE:
         return f"kube-proxy {release[0]}.{release[1]} has no nftables mode"
+    if mode == "ipvs" and not shutil.which("ipset"):
+        return "kube-proxy's ipvs mode runs ipset, and it is not installed (apt-get install ipset)"
     return ""
 
 
@@ -143,9 +146,15 @@ class KubeProxy:
         deadline = time.monotonic() + PROGRAMMED_S
         while not self._has_synced(put_s):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(self._log_path.read_text().splitlines()[-20:])
-                raise KubeProxyError(f"{self._binary} does not serve {wanted_ports} ports\n{tail}")
+                raise self._wrong(f"does not serve {wanted_ports} ports")
             time.sleep(0.2)
+        # Old versions take another mode where something is missing, and say so in their log alone.
+        if (mode := self._page("proxyMode").strip()) != self._mode:
+            raise self._wrong(f"was asked for mode {self._mode} and serves in mode {mode}")
+
+    def _wrong(self, what: str) -> KubeProxyError:
+        tail = "\n".join(self._log_path.read_text().splitlines()[-20:])
+        return KubeProxyError(f"{self._binary} {what}\n{tail}")
 
     def stop(self) -> None:
         """End the process; its rules stay."""
@@ -192,13 +201,18 @@ class KubeProxy:
 
     def _has_synced(self, since_s: float) -> bool:
         """It has nothing left to do, and has done something since then."""
-        with self._node.namespace.entered():
-            try:
-                with urllib.request.urlopen(_METRICS_URL, timeout=5) as answer:
-                    text = answer.read().decode()
-            except OSError:
-                return False
-        return is_settled(text, since_s)
+        try:
+            return is_settled(self._page("metrics"), since_s)
+        except OSError:
+            return False
+
+    def _page(self, path: str) -> str:
+        """A page of its metrics address; raises OSError."""
+        with (
+            self._node.namespace.entered(),
+            urllib.request.urlopen(f"{_METRICS_URL}/{path}", timeout=5) as answer,
+        ):
+            return str(answer.read().decode())
 
 
 def is_settled(metrics: str, since_s: float) -> bool:

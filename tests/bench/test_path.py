@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from ebpf_svc.bench import path
 from ebpf_svc.bench.measures import MEASURES
-from ebpf_svc.bench.serving import is_settled, reason_against
+from ebpf_svc.bench.population import Population
+from ebpf_svc.bench.serving import KubeProxy, KubeProxyError, is_settled, reason_against
+from ebpf_svc.testbed.cluster import Cluster
 
 
 @pytest.mark.root
@@ -78,7 +81,9 @@ def test_real_kube_proxy_is_a_variant_when_it_is_given(tmp_path: Path) -> None:
     assert skipped["skipped"]
 
 
-def test_kube_proxys_release_decides_what_it_can_be_asked_for(tmp_path: Path) -> None:
+def test_kube_proxys_release_decides_what_it_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An old one has no nftables mode, and something else is no kube-proxy."""
     old, other = tmp_path / "old", tmp_path / "other"
     old.write_text("#!/bin/sh\necho Kubernetes v1.20.2\n")
@@ -89,6 +94,44 @@ def test_kube_proxys_release_decides_what_it_can_be_asked_for(tmp_path: Path) ->
     assert reason_against(old, "nftables") == "kube-proxy 1.20 has no nftables mode"
     assert "its version is '3.14'" in reason_against(other, "iptables")
     assert "--kube-proxy PATH" in reason_against(None, "iptables")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "apt-get install ipset" in reason_against(old, "ipvs")
+
+
+FALLEN_BACK = """#!{python} -I
+import http.server, sys, time
+if "--version" in sys.argv:
+    sys.exit(print("Kubernetes v1.20.2"))
+PAGES = {{
+    "/metrics": f'''
+kubeproxy_sync_proxy_rules_endpoint_changes_pending 0
+kubeproxy_sync_proxy_rules_last_timestamp_seconds {{time.time() + 60}}
+''',
+    "/proxyMode": "iptables",
+}}
+class Pages(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(PAGES[self.path].encode())
+http.server.HTTPServer(("127.0.0.1", 10249), Pages).serve_forever()
+"""
+"""A kube-proxy that takes another mode than it was asked for, as old ones do."""
+
+
+@pytest.mark.root
+def test_kube_proxy_in_another_mode_is_not_measured(tmp_path: Path) -> None:
+    """Its figures would stand under the wrong name."""
+    binary = tmp_path / "kube-proxy"
+    binary.write_text(FALLEN_BACK.format(python=sys.executable))
+    binary.chmod(0o755)
+    with Cluster.create(node_count=1) as cluster:
+        proxy = KubeProxy(cluster.nodes[0], binary, "ipvs", [])
+        try:
+            with pytest.raises(KubeProxyError, match="asked for mode ipvs and serves in mode ipta"):
+                proxy.grow(Population(services=1, endpoints=1), 1)
+        finally:
+            proxy.close()
 
 
 def test_kube_proxy_has_settled_when_nothing_is_pending() -> None:
