@@ -21,8 +21,10 @@ _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _IFINFO = struct.Struct("=BxHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 """ifaddrmsg: family, prefix length, flags, scope, device."""
-_LOCAL, _FLAGS = 2, 8
+_LOCAL, _LIFETIMES, _FLAGS = 2, 6, 8
 _NO_DAD = 0x02
+_DEPRECATED = struct.pack("=IIII", 0, 0xFFFF_FFFF, 0, 0)
+"""ifa_cacheinfo: preferred for no time, valid for ever."""
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _BITS = {Family.V4: 32, Family.V6: 128}
 
@@ -74,7 +76,12 @@ def remove(link: rtnetlink.Socket, name: str) -> None:
 def add_addresses(
     link: rtnetlink.Socket, index: int, addresses: Iterable[str]
 ) -> list[Failure | None]:
-    """Give a device addresses, each for itself; one that is there is fine."""
+    """Give a device addresses, each for itself; one that is there is fine.
+
+    Of IPv6 they are deprecated: nothing that may choose its source chooses them. Towards a device
+    without an address of its own, as a pod's, the kernel would take that of whatever device has
+    most bits in common with the receiver's.
+    """
     flags = CREATE | EXCL
     wanted = [(_NEW_ADDRESS, flags, _body(index, address)) for address in addresses]
     return _forgive(link.requests(wanted), errno.EEXIST)
@@ -111,12 +118,14 @@ def addresses(link: rtnetlink.Socket) -> list[Held]:
 def _body(index: int, address: str) -> bytes:
     family = family_of(address)
     packed = socket.inet_pton(_AF[family], address)
-    return (
+    body = (
         _ADDRESS.pack(_AF[family], _BITS[family], 0, 0, index)
         + attribute(_LOCAL, packed)
         + attribute(1, packed)
-        + attribute(_FLAGS, struct.pack("=I", _NO_DAD if family is Family.V6 else 0))
     )
+    if family is Family.V4:
+        return body
+    return body + attribute(_LIFETIMES, _DEPRECATED) + attribute(_FLAGS, struct.pack("=I", _NO_DAD))
 
 
 def _forgive(answers: list[Failure | None], harmless: int) -> list[Failure | None]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ebpf_svc.config import Settings, SocketLB
 from ebpf_svc.errors import CommandError
+from ebpf_svc.host.kubeproxy import LINK
 from ebpf_svc.status import read_names
 from ebpf_svc.testbed import drivers
 from ebpf_svc.testbed.agent import Agent
@@ -166,9 +167,14 @@ class World:
                 agent.start()
 
     def own_addresses(self, node: Node) -> set[str]:
-        """Every address on an interface of a node: what masquerading may choose from."""
+        """Every address of a node, not those of services: what masquerading may choose from."""
         links = json.loads(node.run(["ip", "-j", "address"]))
-        return {entry["local"] for link in links for entry in link["addr_info"]}
+        return {
+            entry["local"]
+            for link in links
+            if link["ifname"] != LINK
+            for entry in link["addr_info"]
+        }
 
     def close(self) -> None:
         """End agents and cluster; raises LeftoverError when something stays behind."""
