@@ -44,8 +44,10 @@ class Machine:
         self.has_device = self.has_rules = False
         self.loading = 0
         """How many times a set's module is still being loaded for others."""
-        self.asked: frozenset[str] = frozenset()
-        """Sets that rules ask."""
+        self.asked: frozenset[str] | None = None
+        """Sets that rules ask; None = rules are those of another mode."""
+        self.served_before_rules: list[ServerKey] = []
+        """Virtual servers that were there when our rules came first."""
         self.refuses: set[ServerKey] = set()
         """Virtual servers the kernel does not take."""
         self.forgotten: list[tuple[ServerKey, bool]] = []
@@ -174,7 +176,8 @@ class MemorySets:
         answers: Answers = []
         for spec, entry in entries:
             self.machine.told["entries"] += 1
-            assert spec.name in self.machine.asked  # else it would be open for a moment
+            # Else it would be open for a moment.
+            assert self.machine.asked is None or spec.name in self.machine.asked
             self.machine.sets[spec.name].entries.add(entry)
             answers.append(None)
         return answers
@@ -239,14 +242,16 @@ class MemoryFirewall:
 
     def apply(self, occupied: frozenset[str]) -> tuple[int, tuple[str, ...]]:
         found = () if self.machine.has_rules else ("rules were missing",)
-        self.machine.has_rules = True
         return self.follow(occupied) + len(found), found
 
     def follow(self, occupied: frozenset[str]) -> int:
         held = {name for name, each in self.machine.sets.items() if each.entries}
         assert held <= occupied  # else what is in the others would be treated like a stranger
+        self.machine.has_rules = True
         if occupied == self.machine.asked:
             return 0
+        if self.machine.asked is None:
+            self.machine.served_before_rules = list(self.machine.shapes)
         self.machine.asked = occupied
         return 1
 

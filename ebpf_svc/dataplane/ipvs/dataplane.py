@@ -310,11 +310,14 @@ class IpvsDataplane:
         damages: list[str] = []
         if not running.adopting and not running.in_doubt and not keys:
             damages = state.damages(steps, running.ledger)
-        rule_count, rules_found = running.firewall.apply(wanted.occupied | found.occupied)
-        refused = kernel.take(steps)
-        rule_count += running.firewall.follow(wanted.occupied)
+        rule_count = 0
         if not running.adopting:
+            rule_count, rules_found = running.firewall.apply(wanted.occupied | found.occupied)
             damages += rules_found
+        refused = kernel.take(steps)
+        # At the start not before: the chains may be those of the iptables mode, which serves by
+        # them until servers and addresses are there.
+        rule_count += running.firewall.follow(wanted.occupied)
         running.ledger = wanted
         running.adopting = running.in_doubt = False
         return ApplyReport(

@@ -242,6 +242,12 @@ def test_module_that_is_being_loaded_for_others_is_waited_for(
     assert WEB in machine.shapes
 
 
+def test_rules_of_another_mode_serve_until_servers_are_there(machine: Machine) -> None:
+    """The iptables mode has chains of the same names: whoever takes them first cuts it off (Z3)."""
+    make().apply(state(make_plan()))
+    assert machine.served_before_rules == [WEB]
+
+
 def test_rules_come_with_the_first_of_a_kind_and_go_with_the_last(machine: Machine) -> None:
     """Rules about sets that are empty would cost every packet a look; each write is one of rules,
     however many services have the kind already.
@@ -254,10 +260,12 @@ def test_rules_come_with_the_first_of_a_kind_and_go_with_the_last(machine: Machi
     ]  # fmt: skip
     made.apply(state(plain))
     before = machine.asked
+    assert before is not None
     assert "KUBE-LOAD-BALANCER-FW" not in before
     counts = []
     for plans in ([plain, *guarded[:1]], [plain, *guarded], [plain, *guarded[:1]], [plain]):
         counts.append(made.apply(state(*plans)).details["rules"])
+        assert machine.asked is not None
         assert ("KUBE-LOAD-BALANCER-FW" in machine.asked) == (len(plans) > 1)
     assert counts == [1, 0, 0, 1]
     assert machine.asked == before
