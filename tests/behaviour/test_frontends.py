@@ -211,6 +211,8 @@ def _ask_large(world: World, web: Web, ways: Sequence[tuple[Host, str]]) -> list
         IPv6 datagram may be, and the first to an endpoint that is further away. The kernel sends
         one lesson a second, and each frontend has its own: who is cut before may wait for it.
         """
+        if world.mode == "ipvs":
+            return True  # which teaches nobody: a gap, and not worth waiting for
         if is_cut_before and row.family is Family.V6 and isinstance(row.asker, Node):
             return row.ok
         return all(each.detail != "EMSGSIZE" for each in row.answers)
