@@ -50,7 +50,7 @@
 	!defined(HAVE_COARSE_CLOCK) || !defined(HAVE_PEER_SCRUB) || \
 	!defined(HOST_PACKETS) || !defined(NO_LINK) || !defined(LINK_TUNNEL) || !defined(FLOW_HOST) || \
 	!defined(FAST_PATH) || !defined(XDP) || !defined(LINK_PEER) || \
-	!defined(LINK_NIC) || \
+	!defined(LINK_DRIVER) || \
 	!defined(NAT_PORT_FIRST) || !defined(NAT_PORT_COUNT) || \
 	!defined(HELD_BYTES) || !defined(HELD_SLOTS) || !defined(FRAGMENT_S)
 #error "settings of this node are missing: compile through ebpf_svc"

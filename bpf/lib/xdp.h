@@ -89,7 +89,10 @@ static __always_inline int xdp_send(struct xdp_md *ctx, const struct packet *pkt
 	struct route route;
 
 	find_route(ctx, ctx->ingress_ifindex, &to->src, &to->dst, &route);
-	if (!route.link || route.link->kind != LINK_NIC || route.cold ||
+	/* A frame for a device that has no driver, as a VLAN, or one that runs no
+	 * program, would be lost.
+	 */
+	if (!route.link || route.link->kind != LINK_DRIVER || route.cold ||
 	    xdp_rewrite(ctx, pkt, to, diffs, &route.fib))
 		return XDP_PASS;
 	count_packet(service, ctx->data_end - ctx->data);

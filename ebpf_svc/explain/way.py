@@ -193,8 +193,8 @@ def _why_not_driver(call: Call, outcome: Outcome, ground: Ground) -> str:
         return "the endpoint is a pod of this node, which tc reaches"
     out = ground.way_out(outcome.backend[0])
     link = ground.link(out.index) if out else None
-    if out is not None and link is not None and link.kind is not LinkKind.NIC:
-        return f"they leave by {out.name}, which is no NIC"
+    if out is not None and link is not None and link.kind is not LinkKind.DRIVER:
+        return f"they leave by {out.name}, whose driver runs no program"
     if outcome.is_cold:
         return "the neighbour's address is not known yet"
     return ""

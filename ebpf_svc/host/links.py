@@ -17,6 +17,7 @@ from ebpf_svc.host.netlink import CREATE, EXCL, Failure, Message, attribute, att
 
 _IFINFO = struct.Struct("=BxHiII")
 _XDP, _NESTED, _XDP_IN_DRIVER = 43, 0x8000, 1 << 2
+_XDP_ATTACHED_IN_DRIVER = b"\1"
 _IFADDR = struct.Struct("=BBBBI")
 """ifaddrmsg: family, prefix length, flags, scope, device."""
 _SECONDARY = 0x01  # IFA_F_SECONDARY; of IPv6 it means temporary
@@ -53,7 +54,9 @@ class Link:
     has_far_peer: bool = False
     """Its other end is in another network namespace, as a pod's is."""
     xdp_program: int = 0
-    """Id of the program its driver runs, 0 = none."""
+    """Id of its XDP program, 0 = none."""
+    xdp_in_driver: bool = False
+    """Its driver runs that program: then it sends what other drivers hand to it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,13 @@ def parse_link(message: Message) -> Link | None:
         return None
     found = attributes(message.body[_IFINFO.size :])
     info = attributes(found.get(18, b""))
+    xdp = attributes(found.get(_XDP, b""))
     return Link(
         *(index, _text(found.get(3)), _text(info.get(1)), _text(info.get(4)), kind, flags),
         master=int.from_bytes(found.get(10, b"")[:4], "little"),
         has_far_peer=37 in found,  # IFLA_LINK_NETNSID
-        xdp_program=int.from_bytes(attributes(found.get(_XDP, b"")).get(4, b"")[:4], "little"),
+        xdp_program=int.from_bytes(xdp.get(4, b"")[:4], "little"),
+        xdp_in_driver=xdp.get(2, b"")[:1] == _XDP_ATTACHED_IN_DRIVER,
     )
 
 

@@ -76,6 +76,8 @@ class LinkKind(IntEnum):
     TUNNEL = 4
     """The stack wraps its packets, so it is no fast path; host processes are seen there under
     its address."""
+    DRIVER = 5
+    """A NIC whose driver runs an XDP program, so another's can hand frames to it."""
 
 
 NO_LINK = 0

@@ -66,7 +66,7 @@ def link_values(
         elif role is not None and link.kind in _TUNNELS and translates_host_packets(settings):
             kinds[link.index] = LinkKind.TUNNEL
         elif role is DeviceRole.NODE and link.kind not in _TUNNELS:
-            kinds[link.index] = LinkKind.NIC
+            kinds[link.index] = LinkKind.DRIVER if link.xdp_in_driver else LinkKind.NIC
             nics.append(link.index)
     kinds.update(
         (link.index, LinkKind.BRIDGE)

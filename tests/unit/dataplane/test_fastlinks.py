@@ -38,6 +38,19 @@ def test_pods_their_bridge_and_nics_are_used() -> None:
     assert link_values([BRIDGE, POD], ADDRESSES, SETTINGS, Family.V6)[3][1] == ""
 
 
+def test_nic_whose_driver_runs_a_program_takes_frames_of_other_drivers() -> None:
+    """One without, and one that has none, as a VLAN, would lose them."""
+    driven = link(2, "eth0", xdp_program=7, xdp_in_driver=True)
+    vlan = link(5, "eth0.7", "vlan")
+    generic = link(6, "eth1", xdp_program=8)
+    values = link_values([driven, vlan, generic], ADDRESSES, SETTINGS, Family.V4)
+    assert {index: kind for index, (kind, _) in values.items()} == {
+        2: LinkKind.DRIVER,
+        5: LinkKind.NIC,
+        6: LinkKind.NIC,
+    }
+
+
 @pytest.mark.parametrize(
     "other",
     [
