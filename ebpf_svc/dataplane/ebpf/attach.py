@@ -148,7 +148,7 @@ class Attachments:
                 others.append(link.index)
         known = self._devices
         if not known:  # an earlier run, with other settings, may have had others
-            filters.remove(self._netlink, others)
+            self._strip(others)
         self._drop(known.keys() - found.keys())
         self._devices = found
         self._put(list(found.values()), repaired=known.keys() if repairing else ())
@@ -189,7 +189,13 @@ class Attachments:
         for index in gone:
             self._problems.pop(index, None)
         if gone:
-            filters.remove(self._netlink, gone)
+            self._strip(gone)
+
+    def _strip(self, indexes: Collection[int]) -> None:
+        """Take our programs off devices that are none of ours."""
+        assert self._netlink is not None
+        filters.remove(self._netlink, indexes)
+        xdp.remove(self._netlink, indexes)
 
     def _put_hooks(self) -> list[str]:
         return hooks.put(hooks.cgroup_of(self._settings), self._socket_programs())

@@ -6,7 +6,7 @@ A device has room for one program. One that is not ours stays, and tc does the w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ebpf_svc.dataplane.ebpf.programs import NAME_PREFIX, XDP_PROGRAM, Programs
 from ebpf_svc.dataplane.ebpf.tables import Tables
@@ -46,9 +46,9 @@ def put(
     return problems
 
 
-def remove(netlink: rtnetlink.Socket) -> int:
-    """Take our program out of every device; returns of how many."""
-    found = list(attached(netlink))
+def remove(netlink: rtnetlink.Socket, indexes: Collection[int] | None = None) -> int:
+    """Take our program out of these devices, or of all; returns of how many."""
+    found = [link for link in attached(netlink) if indexes is None or link.index in indexes]
     for link in found:
         links.set_xdp(netlink, link.index, -1)
     return len(found)
