@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,8 +169,8 @@ def asked_from_outside(client: Host, node: Node, web: Web) -> set[str]:
     return {each.server or each.outcome for answers in ask_all(probes) for each in answers}
 
 
-def sent_by_driver(node: Node) -> int:
-    """Packets that eth0's program has sent back out of it."""
-    lines = node.run(["ethtool", "-S", "eth0"]).splitlines()
-    words = (line.split(":") for line in lines if "xdp_tx:" in line)
-    return sum(int(count) for _, count in words)
+def sent_by_driver(node: Node, *devices: str) -> int:
+    """Packets that programs of these NICs (default: eth0) have sent, back out of them or on."""
+    told = "".join(node.run(["ethtool", "-S", device]) for device in devices or ("eth0",))
+    words = re.findall(r"xdp_(?:tx|redirect): (\d+)", told)
+    return sum(map(int, words))

@@ -48,7 +48,18 @@ class World:
         mode: str = "ebpf",
         settings: Mapping[str, Any] | None = None,
         ebpf: Mapping[str, Any] | None = None,
+        prepare: Callable[[Cluster], None] = lambda cluster: None,
     ) -> None:
+        """Build it and start its agents.
+
+        Args:
+            pod_network: how pods are attached.
+            cache_dir: where agents keep compiled programs.
+            mode: the dataplane.
+            settings: fields of `Settings` that differ from the testbed's.
+            ebpf: the same of `EbpfSettings`.
+            prepare: what to change of the cluster before there are agents.
+        """
         self.mode = mode
         self.failed = False
         """A test that used this world failed."""
@@ -72,6 +83,7 @@ class World:
                 Agent(node, self._settings(node).model_copy(update=update), mode=mode)
                 for node in self.cluster.nodes
             )
+            prepare(self.cluster)
             if self.uses_drivers:
                 drivers.prepare(self.cluster.router, (*self.askers, *self.webs))
             # Together: each spends most of its start waiting for its own imports.

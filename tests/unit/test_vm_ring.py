@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from ebpf_svc.modes import MODES
 from tests.lib.variants import VARIANTS
 from tests.vm import guest, machines, requests, suite
 from tests.vm.guest import GuestFailed, Outcome
@@ -58,30 +60,34 @@ def test_emulated_kernels_are_asked_what_processes_cannot_tell() -> None:
     parts = [(job.kernel, job.what) for job in suite.jobs(NAMES)]
 
     assert sorted(parts) == [
-        *[("6.1", "programs"), ("6.1", "requests")],
+        ("6.1", "requests"),  # which runs the programs
         *[("6.1-um", "packet"), ("6.1-um", "smoke")],
         ("6.12", "programs"),
         *[("6.12-um", "behaviour-ipvs"), ("6.12-um", "packet"), ("6.12-um", "smoke")],
         ("6.12-um", "switch-ipvs"),
     ]
-    loading = [job.kernel for job in suite.jobs(NAMES) if "test_modules" in str(job.command)]
-    assert loading == ["6.12"]  # of modules: processes have none
+    stock = [job.kernel for job in suite.jobs(NAMES) if suite.STOCK[0] in job.command]
+    assert stock == ["6.12"]  # where there are modules: processes have none
 
 
-def test_every_variant_is_tried_on_every_kernel_as_a_process() -> None:
-    """A mode that breaks on one kernel is found. Of the packet ring others than the oldest are not
-    asked what explains, nor that one about ports.
+def test_every_mode_is_tried_on_every_kernel_as_a_process() -> None:
+    """A mode that breaks on one kernel is found; every option on the oldest and the newest. Of the
+    packet ring others than the oldest are not asked what explains, nor that one all of it.
     """
-    asked = {(job.kernel, job.what): job.command for job in suite.jobs([*NAMES, "5.10-um"])}
+    names = [*NAMES, "5.10-um", "newest-um"]
+    asked = {(job.kernel, job.what): job.command for job in suite.jobs(names)}
 
-    assert asked["5.10-um", "packet"][-2:] == suite.EXPLAIN_PORTS
+    assert set(suite.EXPLAIN_WAY) <= set(asked["5.10-um", "packet"])
     for name in ("6.1-um", "6.12-um"):
-        assert asked[name, "packet"][-2:] == suite.EXPLAIN
-        smoke = asked[name, "smoke"]
-        assert {smoke[at + 1] for at, word in enumerate(smoke) if word == "--dataplane"} == set(
-            VARIANTS
-        )
-        assert {"-m", "-k", "--deselect"}.isdisjoint(asked[name, "packet"][3:])
+        assert set(suite.EXPLAIN) <= set(asked[name, "packet"])
+        assert {"-k", "--deselect"}.isdisjoint(asked[name, "packet"][3:])
+        assert _dataplanes(asked[name, "smoke"]) == set(MODES)
+    for name in ("5.10-um", "newest-um"):
+        assert _dataplanes(asked[name, "smoke"]) == set(VARIANTS)
+
+
+def _dataplanes(command: Sequence[str]) -> set[str]:
+    return {command[at + 1] for at, word in enumerate(command) if word == "--dataplane"}
 
 
 def test_emulated_kernels_are_asked_everything_on_demand() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebpf_svc.bench import vm
+from ebpf_svc.modes import MODES
 from tests.lib.matrix import Results
 from tests.lib.variants import VARIANTS
 from tests.vm import artifacts, guest, machines
@@ -27,19 +28,31 @@ MEMORY = "3G"
 _PYTEST = (".venv/bin/python", "-m", "pytest", "-q", "--no-header", "--timeout", "600")
 _NOTED = ("--durations", "15", "--results", f"test-logs/{RESULTS}")
 PYTEST = (*_PYTEST, "-p", "no:cacheprovider", *_NOTED)
-PROGRAMS = ("test_option_sets", "test_features", "test_netns", "test_attach")
+PROGRAMS = ("tests/packet/test_option_sets.py", "tests/packet/test_features.py")
 """Of the packet ring, what machine code and type information (BTF) can matter to: emulated kernels
-are asked no more.
+are asked no more, and one that counts instructions not even that, as it runs the programs there.
 """
-MODULES_ON = "6.12"
-"""Where it is asked which modules every mode loads: kernels as processes have none to load."""
-EXPLAINED_ON = "5.10-um"
+STOCK_ON = "6.12"
+"""Where it is asked what only a kernel with all its modules has."""
+STOCK = (
+    "tests/packet/test_modules.py",
+    "tests/behaviour/test_nics.py",
+    "tests/behaviour/test_kernel_clients.py",
+)
+"""Which modules every mode loads; VLANs and bonds; clients inside the kernel (NFS)."""
 EXPLAIN = ("--ignore-glob", "*/test_explain*.py")
-"""Half the time of the packet ring. What of it depends on the kernel shows on the oldest one, and
-on this machine's own.
+"""Half the time of the packet ring: the same on every kernel, as are the maps it reads, but for
+which way a packet takes.
 """
-EXPLAIN_PORTS = ("--ignore-glob", "*/test_explain_port.py")
-"""Of that what is the same on every kernel: whose port is known is read from our own maps."""
+EXPLAINED_ON = "5.10-um"
+EXPLAIN_WAY = tuple(
+    word
+    for name in ("test_explain.py", "test_explain_port.py")
+    for word in ("--ignore-glob", f"*/{name}")
+)
+"""Of that what depends on the kernel shows on the oldest."""
+VARIED_ON = ("5.10-um", "newest-um")
+"""Where eBPF is tried with every option, on the oldest and the newest; in between every mode is."""
 REQUESTS_ON = vm.KERNEL
 """Where instructions per request are counted."""
 REQUESTS = (
@@ -98,15 +111,14 @@ def jobs(names: Sequence[str], *, only: Sequence[str] = (), whole: bool = False)
             made.append(Job(name, "requests", ("sh", "-c", REQUESTS), count_instructions=True))
         is_process = name.endswith(USER_MODE)
         if is_process or whole:
-            choice = EXPLAIN_PORTS if name == EXPLAINED_ON else EXPLAIN
+            choice = EXPLAIN_WAY if name == EXPLAINED_ON else EXPLAIN
             choice = () if whole else choice
-            choice += () if is_process else _WITHOUT_LLVM
-            made.append(Job(name, "packet", (*PYTEST, "tests/packet", *choice)))
-            chosen = [word for variant in VARIANTS for word in ("--dataplane", variant)]
+            made.append(Job(name, "packet", (*PYTEST, "tests/packet", *choice, *_WITHOUT_LLVM)))
+            varied = VARIANTS if whole or name in VARIED_ON else MODES
+            chosen = [word for variant in varied for word in ("--dataplane", variant)]
             made.append(Job(name, "smoke", (*PYTEST, "tests/behaviour", "-m", "smoke", *chosen)))
-        else:
-            chosen = (*PROGRAMS, "test_modules") if name == MODULES_ON else PROGRAMS
-            modules = [f"tests/packet/{module}.py" for module in chosen]
+        elif name != REQUESTS_ON:
+            modules = (*PROGRAMS, *STOCK) if name == STOCK_ON else PROGRAMS
             made.append(Job(name, "programs", (*PYTEST, *modules, *_LIGHT)))
     order = ("behaviour", "switch", "requests", "programs", "packet", "smoke")
     made.sort(key=lambda job: order.index(job.what.split("-")[0]))
@@ -123,6 +135,7 @@ def _behaviour(mode: str) -> str:
 
 
 _WITHOUT_LLVM = ("-m", "not compiles")
+"""The compiler is the same for every kernel, and was tried on this machine's."""
 _LIGHT = ("-m", "not compiles and not verifies")
 """Without what takes an emulated machine long."""
 
