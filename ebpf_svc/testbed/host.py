@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ebpf_svc.testbed.podnet import PodWiring
 
 COMMAND_TIMEOUT_S = 30.0 * PATIENCE
+_numbers = itertools.count()
 
 
 class Host:
@@ -31,6 +33,7 @@ class Host:
         self.namespace = namespace
         self.cgroup = group
         self.addresses = addresses
+        self._number = next(_numbers)
         self._peer: Peer | None = None
 
     def __repr__(self) -> str:
@@ -61,6 +64,7 @@ class Host:
         """The program that serves and asks on this host, started at first use."""
         if self._peer is None or not self._peer.alive:
             argv = python_argv("ebpf_svc.testbed.peer", site_packages=False)
+            argv.append(str(self._number))
             pipe = subprocess.PIPE
             self._peer = Peer(self.popen(argv, stdin=pipe, stdout=pipe), self.name)
         return self._peer

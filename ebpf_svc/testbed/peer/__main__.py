@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ebpf_svc.testbed.peer.client import Channel, ask, failure, ping
+from ebpf_svc.testbed.peer.client import SHARES, Channel, ask, failure, ping
 from ebpf_svc.testbed.peer.load import Load
 from ebpf_svc.testbed.peer.server import Server
 
@@ -77,8 +77,13 @@ class Peer:
         return self._loads.pop(load).stop()
 
 
-def main() -> None:
-    """Serve commands until standard input ends."""
+def main(number: int = 0) -> None:
+    """Serve commands until standard input ends.
+
+    Args:
+        number: the host's, which decides on its share of the ports.
+    """
+    Channel.share = number % SHARES
     peer = Peer()
     write_lock = threading.Lock()
 
@@ -101,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -12,7 +12,9 @@ from typing import Any
 
 from ebpf_svc.testbed.peer.server import MAX_DATAGRAM_BYTES, plain
 
-SPENT_PORTS = 10_000
+SHARES = 8
+"""Hosts whose packets leave with one address, as a node's and its pods', have ports apart."""
+SPENT_PORTS = 10_000 // SHARES
 """So many ports are not used again, then all may be: for TCP a kernel offers 14,000."""
 SPENT: defaultdict[tuple[bool, str], set[int]] = defaultdict(set)
 """(whether IPv6, protocol) -> the ports of sockets that had to have one of their own."""
@@ -26,6 +28,9 @@ class Channel:
         target: keys address, port, protocol, timeout_s, source_port (0 = any), connected (UDP),
             mapped (an IPv6 socket to the v4-mapped address), own_port, request_bytes, reply_bytes.
     """
+
+    share = 0
+    """Of the ports, this host's."""
 
     def __init__(self, target: dict[str, Any]) -> None:
         self._target = target
@@ -53,7 +58,9 @@ class Channel:
         )
 
     def _make_unlike_others(self) -> socket.socket:
-        """A socket on a port that no other had which was made here, of those the kernel offers."""
+        """A socket on a port that no other had which was made here or has on a host of another
+        share, of those the kernel offers: for TCP odd ones alone.
+        """
         spent = SPENT[":" in self._target["address"], self._target["protocol"]]
         if len(spent) > SPENT_PORTS:
             spent.clear()
@@ -61,7 +68,7 @@ class Channel:
             made = self._make()
             made.bind(("", 0))
             port = made.getsockname()[1]
-            if port not in spent:
+            if port // 2 % SHARES == self.share and port not in spent:
                 spent.add(port)
                 return made
             made.close()

@@ -73,6 +73,18 @@ def test_port_of_its_own_is_not_used_again(monkeypatch: pytest.MonkeyPatch, prot
 
 
 @pytest.mark.usefixtures("peer")
+def test_ports_of_hosts_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that leave with one address do not meet at a server with one port."""
+    shares = []
+    for share in range(client.SHARES):
+        monkeypatch.setattr(client.Channel, "share", share)
+        answers = [client.ask(_target("UDP", own_port=True)) for _ in range(20)]
+        shares.append({answer["client_port"] for answer in answers})
+    assert all(len(share) == 20 for share in shares)
+    assert len(set.union(*shares)) == 20 * client.SHARES
+
+
+@pytest.mark.usefixtures("peer")
 def test_load_tells_when_every_worker_has_ended_a_request() -> None:
     """One that still waits for its answer is not hidden by others that had theirs."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
