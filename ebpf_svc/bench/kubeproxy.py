@@ -28,13 +28,14 @@ def beside(mode: str, services: int, endpoints: int, what: str) -> str:
     """Its figures in words, least and most of its runs; empty when there are none.
 
     Args:
-        mode: ours; a mode kube-proxy has not stands beside all of its own.
+        mode: ours; beside it stand kube-proxy's of that name, with either variant of the tool
+            iptables. A mode kube-proxy has not stands beside all of its own.
         what: cold_s, change_ms, change_cpu_ms or memory_mib.
     """
     if endpoints != ENDPOINTS:
         return ""
     modes = _data()["modes"]
-    names = [mode] if mode in modes else sorted(modes)
+    names = [name for name in sorted(modes) if name.partition("-")[0] == mode] or sorted(modes)
     found = {name: modes[name].get(str(services), {}) for name in names}
     return ", ".join(f"{name} {_range(at[what])}" for name, at in found.items() if what in at)
 

@@ -156,11 +156,14 @@ def of_applies(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
 def _by_size(
     runs: Sequence[Mapping[str, Any]], row: str, what: str
 ) -> Iterator[tuple[str, list[Bar]]]:
-    sizes = sorted({size for run in runs for size in run["parameters"]["services"]})
-    for size in sizes:
+    sizes = sorted(
+        {(size, run["parameters"]["endpoints"]) for run in runs
+         for size in run["parameters"]["services"]}
+    )  # fmt: skip
+    for size, endpoints in sizes:
         group = []
+        title = f"{size:,} x {endpoints} {row}"
         for run in runs:
-            title = f"{size:,} x {run['parameters']['endpoints']} {row}"
             for series in run["series"]:
                 if series["name"] == title:
                     value = series["median"]
@@ -171,7 +174,8 @@ def _by_size(
                             f"{tables.number(value)} {series['unit']}",
                         )
                     )
-        for mode, value, text in kubeproxy.figures(size, what):
+        found = kubeproxy.figures(size, what) if endpoints == kubeproxy.ENDPOINTS else ()
+        for mode, value, text in found:
             group.append(Bar("kube-proxy", value, f"{text}, {mode}"))
         if group:
-            yield f"{size:,} services x 10", group
+            yield f"{size:,} services x {endpoints}", group

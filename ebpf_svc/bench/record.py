@@ -81,7 +81,7 @@ class Record:
     benchmark: str
     series: list[Series] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
-    """What the run was told: sizes, repetitions."""
+    """What the run was told, by the names of the command's options."""
     started_s: float = field(default_factory=time.time)
 
     def add(

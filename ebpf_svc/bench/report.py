@@ -110,7 +110,9 @@ def _applies(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     for title, svg in plots.of_applies(runs):
         yield Plot(f"apply-{title}", svg, title)
     for run in runs:
-        yield Heading(f"Mode {run['parameters'].get('mode', 'ebpf')}", 3)
+        told = run["parameters"]
+        most = f"{max(told['services']):,} x {told['endpoints']}"
+        yield Heading(f"Mode {told['mode']}, up to {most}", 3)
         yield from _taken_on(run)
         yield _series(run, with_limits=any(each["limit"] for each in run["series"]))
 
@@ -191,8 +193,17 @@ def _taken_on(run: Mapping[str, Any]) -> Iterator[Block]:
         f"Linux {machine['kernel']}, {machine['cpus']} CPUs ({machine['cpu']}), load average "
         f"{load}.{took}"
     )
-    if machine.get("command"):
-        yield Command(machine["command"])
+    command = machine.get("command") or _command(run)
+    if command:
+        yield Command(command)
+
+
+def _command(run: Mapping[str, Any]) -> str:
+    """The command by what the run was told; empty when it did not say."""
+    told = run.get("parameters", {})
+    options = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
+    words = [word for name, values in options.items() for word in (f"--{name}", *map(str, values))]
+    return shlex.join(["ebpf-svc", "bench", run["benchmark"], *words]) if words else ""
 
 
 def _held(holds: bool | None) -> str:
