@@ -9,7 +9,7 @@ pytest := $(python) -m pytest -q --no-header
 rings := lint unit golden deploy packet bench behaviour
 # The committed runs, in the order they are told in docs/benchmarks.md.
 runs = $(wildcard $(patsubst %,docs/benchmarks/%.json,path path-6 path-xdp path-100000 path-100000-um path-vm \
-	apply-ebpf apply-ebpf-100000 apply-nftables apply-ipvs apply-iptables apply-userspace packet packet-vm maglev))
+	apply-ebpf apply-ebpf-100000 apply-nftables apply-ipvs apply-ipvs-100000 apply-iptables apply-userspace packet packet-vm maglev))
 # What `make image` installs, and nothing else needs.
 builders := buildah mmdebstrap crun
 # What `make vm` installs, and nothing else needs.
