@@ -35,7 +35,7 @@ from ebpf_svc.model.net import Family
 from ebpf_svc.testbed import addressing
 from ebpf_svc.testbed.host import Host
 
-SERVICES = (1, 1_000, 10_000)
+SERVICES = (1, 100, 1_000, 10_000)
 FULL_AT = 1_000
 ENDPOINTS = 3
 BUSY_SHARE = 0.9
