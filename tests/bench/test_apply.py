@@ -104,8 +104,12 @@ def test_rollout_replaces_every_endpoint_of_its_services() -> None:
 
 
 def test_kube_proxys_figures_stand_beside_the_size_they_are_of() -> None:
-    """Its own mode where it has it, all of its modes else; nothing for other sizes."""
+    """Its own mode where it has it, with both variants of the tool, all of its modes else; nothing
+    for other sizes.
+    """
     assert kubeproxy.beside("nftables", 10_000, 10, "cold_s") == "nftables 11.3-14.4"
-    assert kubeproxy.beside("ebpf", 10_000, 10, "cold_s") == "iptables 9, nftables 11.3-14.4"
+    assert kubeproxy.beside("ebpf", 10_000, 10, "cold_s") == "iptables-legacy 9, nftables 11.3-14.4"
+    both = "iptables-legacy 3.4, iptables-nft 299"
+    assert kubeproxy.beside("iptables", 5_000, 10, "cold_s") == both
     assert kubeproxy.beside("ebpf", 10_000, 3, "cold_s") == ""
     assert kubeproxy.beside("ebpf", 123, 10, "cold_s") == ""
