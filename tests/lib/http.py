@@ -45,6 +45,8 @@ def refuses(port: int, address: str = "127.0.0.1") -> bool:
         socket.create_connection((address, port), timeout=1).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it waited for a listener that closed: the next one is refused
+        return False
     return False
 
 
